@@ -1,1 +1,7 @@
-//! Empty so far.
+//! The PC: interrupt controllers, timers, serial ports, power and the PCI root.
+//!
+//! One file a device, each in the order registers, configuration and state, behaviour, saved
+//! state, tests. [`layout`] holds all fixed ports, addresses and interrupt lines.
+#![forbid(unsafe_code)]
+
+pub mod layout;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A global system interrupt: the number of a line into the interrupt controllers
-/// (ACPI 6.5 §5.2.13). ISA IRQ n is GSI n.
+/// (ACPI 6.5 §5.2.13). ISA IRQ n is GSI n, but for IRQ 0, the PIT's, which is GSI 2 as on all PCs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Gsi(pub u32);
 

@@ -28,7 +28,7 @@ pub use state::{RestoreError, SavedState};
 pub use time::{Alarm, AlarmQueue, Clock};
 pub use wiring::{MachineBuilder, Wire, Wiring};
 
-use arch::GuestPhysical;
+pub use arch::GuestPhysical;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A device that vCPU threads and the I/O thread share, with its lock.

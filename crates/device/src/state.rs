@@ -112,6 +112,22 @@ impl Field for Duration {
         u64::from_value(value).map(Self::from_nanos)
     }
 }
+impl Field for usize {
+    fn to_value(&self) -> Value {
+        Value::Number(*self as u64)
+    }
+    fn from_value(value: &Value) -> Option<Self> {
+        u64::from_value(value)?.try_into().ok()
+    }
+}
+impl Field for i64 {
+    fn to_value(&self) -> Value {
+        Value::Number(self.cast_unsigned())
+    }
+    fn from_value(value: &Value) -> Option<Self> {
+        u64::from_value(value).map(u64::cast_signed)
+    }
+}
 impl<T: Field> Field for Option<T> {
     fn to_value(&self) -> Value {
         self.as_ref().map_or(Value::Bytes(Vec::new()), Field::to_value)
@@ -235,6 +251,39 @@ impl Reader<'_> {
             }
         }
     }
+}
+
+/// A structure whose fields [`crate::saved_fields!`] lists.
+pub trait SaveFields {
+    /// Adds each field as `prefix` + its name.
+    fn save_fields(&self, prefix: &str, state: &mut SavedState);
+    /// Takes each field back.
+    ///
+    /// # Errors
+    /// Names the field that is missing or out of range.
+    fn restore_fields(&mut self, prefix: &str, reader: &mut Reader<'_>)
+    -> Result<(), RestoreError>;
+}
+
+/// Lists the saved fields of a structure once: `saved_fields!(Channel: mode, count)` makes it
+/// [`SaveFields`], so that saving and restoring cannot disagree.
+#[macro_export]
+macro_rules! saved_fields {
+    ($type:ty: $($field:ident),+ $(,)?) => {
+        impl $crate::state::SaveFields for $type {
+            fn save_fields(&self, prefix: &str, state: &mut $crate::SavedState) {
+                $(state.put(&format!("{prefix}{}", stringify!($field)), &self.$field);)+
+            }
+            fn restore_fields(
+                &mut self,
+                prefix: &str,
+                reader: &mut $crate::state::Reader<'_>,
+            ) -> Result<(), $crate::RestoreError> {
+                $(self.$field = reader.get(&format!("{prefix}{}", stringify!($field)))?;)+
+                Ok(())
+            }
+        }
+    };
 }
 
 #[cfg(test)]
