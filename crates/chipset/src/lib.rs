@@ -4,4 +4,9 @@
 //! state, tests. [`layout`] holds all fixed ports, addresses and interrupt lines.
 #![forbid(unsafe_code)]
 
+pub mod ioapic;
 pub mod layout;
+pub mod pic;
+pub mod router;
+
+pub use router::InterruptRouter;
