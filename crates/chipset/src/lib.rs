@@ -10,3 +10,7 @@ pub mod pic;
 pub mod router;
 
 pub use router::InterruptRouter;
+pub mod debug_exit;
+pub mod legacy_route;
+pub mod pit;
+pub mod uart;
