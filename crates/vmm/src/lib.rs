@@ -1,1 +1,38 @@
-//! Empty so far.
+//! One machine: engine, memory, devices and the loop that runs them.
+//!
+//! [`Machine::new`] assembles a machine from its [`MachineConfig`], [`Machine::run`] runs it to
+//! its [`Outcome`] on the calling thread, which becomes its I/O thread; each vCPU has a thread of
+//! its own. [`MachineHandle`] controls it from other threads.
+#![forbid(unsafe_code)]
+
+mod board;
+mod clock;
+mod config;
+mod console;
+mod control;
+//mod engines;
+mod error;
+mod events;
+mod machine;
+mod memory;
+mod platform;
+mod signals;
+mod size;
+mod triple_fault;
+mod vcpu;
+
+pub use board::check;
+pub use boot::{BootError, Image, Module};
+pub use config::{BootSource, MachineConfig, Serial, Stdio};
+pub use control::{Command, MachineHandle, MachinePhase};
+pub use engine::{Engine, EngineError};
+//pub use engines::{EngineChoice, engine};
+pub use error::VmmError;
+pub use machine::{Host, Machine, Notice, Outcome, StopCause};
+pub use memory::MemoryError;
+pub use signals::StopSignals;
+pub use size::{Bytes, NotASize};
+pub use triple_fault::TripleFault;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,285 @@
+//! What a machine is from power-on to reset: RAM, vCPUs, buses and devices.
+use crate::clock::MachineClock;
+use crate::config::MachineConfig;
+use crate::console::Output;
+use crate::error::VmmError;
+use crate::events::{Events, Stop, Wake};
+use crate::memory;
+use crate::platform::platform;
+use crate::vcpu::{VcpuContext, VcpuThread};
+use arch::{GuestPhysical, VcpuState};
+use boot::BootRequest;
+use chipset::InterruptRouter;
+use chipset::acpi_pm::{AcpiPm, AcpiPmConfig};
+use chipset::debug_exit::DebugExitConfig;
+use chipset::i8042::I8042Config;
+use chipset::pit::PitConfig;
+use chipset::rtc::RtcConfig;
+use chipset::uart::{SerialOutput, Uart, UartConfig};
+use device::{
+    AlarmQueue, Bus, Clock, MapError, MsiSink, PowerEvent, PowerSink, Shared, Wire, Wiring, lock,
+};
+use engine::{Engine, GuestMemory, Msi, Vcpu, VcpuIo, Vm, VmConfig};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Checks the parts of a configuration that need no files.
+///
+/// # Errors
+/// Names the flag and the limit.
+pub fn check(memory: crate::Bytes, vcpus: u32, engine: &dyn Engine) -> Result<(), VmmError> {
+    memory::check(memory)?;
+    let most = engine.max_vcpus();
+    if vcpus == 0 || vcpus > most {
+        return Err(VmmError::Vcpus { asked: vcpus, engine: engine.name(), most });
+    }
+    Ok(())
+}
+
+/// The guest loaded into memory, and vCPUs in the state in which they start: what a board is
+/// assembled around.
+pub struct Core {
+    memory: Arc<GuestMemory>,
+    vm: Arc<dyn Vm>,
+    vcpus: Vec<Box<dyn Vcpu>>,
+}
+
+impl Core {
+    /// Allocates memory, loads the guest and makes the vCPUs.
+    ///
+    /// # Errors
+    /// Names what cannot work in the configuration, or what the host or engine refuses.
+    pub fn load(config: &MachineConfig, engine: &dyn Engine) -> Result<Self, VmmError> {
+        check(config.memory, config.vcpus, engine)?;
+        let memory = Arc::new(memory::allocate(config.memory)?);
+        let request = BootRequest {
+            kernel: &config.boot.kernel,
+            initrd: config.boot.initrd.as_ref(),
+            modules: &config.boot.modules,
+            cmdline: &config.boot.cmdline,
+            vcpus: config.vcpus,
+            platform: &platform(),
+        };
+        let entry = boot::load(&memory, &request)?;
+        let vm = engine.create_vm(VmConfig {
+            memory: memory.clone(),
+            read_only: Vec::new(),
+            cpu: engine.host_cpu(),
+            vcpus: config.vcpus,
+        })?;
+        let states =
+            std::iter::once(entry.state).chain((1..config.vcpus).map(boot::application_processor));
+        let vcpus = (0..)
+            .zip(states)
+            .map(|(index, state)| create_vcpu(vm.as_ref(), index, &state))
+            .collect::<Result<_, VmmError>>()?;
+        Ok(Self { memory, vm, vcpus })
+    }
+}
+
+fn create_vcpu(vm: &dyn Vm, index: u32, state: &VcpuState) -> Result<Box<dyn Vcpu>, VmmError> {
+    let mut vcpu = vm.create_vcpu(index)?;
+    vcpu.set_state(state)?;
+    Ok(vcpu)
+}
+
+/// The assembled machine. Dropping it ends its vCPU threads.
+pub struct Board {
+    events: Arc<Events>,
+    clock: Arc<MachineClock>,
+    alarms: Arc<AlarmQueue>,
+    vcpus: Vec<VcpuThread>,
+    devices: Devices,
+}
+
+impl Board {
+    /// Wires all devices and starts the vCPU threads, paused.
+    ///
+    /// # Errors
+    /// The host gives no further thread.
+    pub fn assemble(
+        config: &MachineConfig,
+        core: Core,
+        output: &Arc<Output>,
+        wake: &Arc<Wake>,
+    ) -> Result<Self, VmmError> {
+        let Core { memory, vm, vcpus } = core;
+        let events = Arc::new(Events::new(wake.clone()));
+        let clock = Arc::new(MachineClock::stopped());
+        let alarms = AlarmQueue::new({
+            let wake = wake.clone();
+            move || wake.wake()
+        });
+        let msi: Arc<dyn MsiSink> = Arc::new(EngineMsi(vm.clone()));
+        let router =
+            InterruptRouter::new(Arc::new(move |high| vm.set_pic_output(high)), msi.clone());
+        let mut wiring = Wiring::new(
+            clock.clone(),
+            router.clone(),
+            msi,
+            Arc::new(PowerRequests(events.clone())),
+            alarms.clone(),
+        );
+        let devices = wire_devices(&mut wiring, &router, config, output, wake)?;
+        let (bus, _) = wiring.finish();
+        let io = Arc::new(MachineIo { bus, router, output: output.clone() });
+        let vcpus = (0..)
+            .zip(vcpus)
+            .map(|(index, vcpu)| {
+                let (events, memory) = (events.clone(), memory.clone());
+                VcpuThread::spawn(vcpu, VcpuContext { index, io: io.clone(), events, memory })
+            })
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|source| VmmError::Host { what: "a thread for each vCPU", source })?;
+        events.set_vcpus(vcpus.iter().map(|vcpu| vcpu.control().clone()).collect());
+        Ok(Self { events, clock, alarms, vcpus, devices })
+    }
+
+    /// What vCPUs and devices report.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Lets time pass and the guest run.
+    pub fn resume(&self) {
+        self.clock.start();
+        self.vcpus.iter().for_each(|vcpu| vcpu.control().resume());
+    }
+
+    /// Stops the guest and time, and waits until both stand still.
+    pub fn pause(&self) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.control().pause());
+        self.vcpus.iter().for_each(|vcpu| vcpu.control().wait_stopped());
+        self.clock.stop();
+        lock(&self.devices.com1).flush();
+    }
+
+    /// Ends all vCPU threads.
+    pub fn halt(&mut self) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.control().finish());
+        self.vcpus.clear();
+        self.clock.stop();
+        lock(&self.devices.com1).flush();
+    }
+
+    /// Offers input to the serial port; answers how many bytes it took.
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        lock(&self.devices.com1).push_input(bytes)
+    }
+
+    /// Presses the power button.
+    pub fn power_button(&self) {
+        lock(&self.devices.acpi).press_power_button();
+    }
+
+    /// How long until a device wants to be woken.
+    pub fn next_alarm(&self) -> Option<Duration> {
+        self.alarms.next_deadline().and_then(|deadline| self.clock.until(deadline))
+    }
+
+    /// Wakes the devices whose time has come.
+    pub fn run_alarms(&self) {
+        self.alarms.run_due(self.clock.now());
+    }
+}
+
+/// The devices that the machine itself talks to.
+struct Devices {
+    com1: Shared<Uart>,
+    acpi: Shared<AcpiPm>,
+}
+
+/// The list of a machine's devices; each wires itself.
+fn wire_devices(
+    wiring: &mut Wiring,
+    router: &Arc<InterruptRouter>,
+    config: &MachineConfig,
+    output: &Arc<Output>,
+    wake: &Arc<Wake>,
+) -> Result<Devices, MapError> {
+    let peer = Box::new(ConsolePeer { output: output.clone(), wake: wake.clone() });
+    router.wire(wiring)?;
+    PitConfig.wire(wiring)?;
+    rtc(config).wire(wiring)?;
+    I8042Config.wire(wiring)?;
+    let acpi = AcpiPmConfig.wire(wiring)?;
+    let com1 = UartConfig { index: 0, peer }.wire(wiring)?;
+    if config.debug_exit {
+        DebugExitConfig.wire(wiring)?;
+    }
+    Ok(Devices { com1, acpi })
+}
+
+/// The clock chip, which also tells firmware and old systems how much RAM there is.
+fn rtc(config: &MachineConfig) -> RtcConfig {
+    let ranges = boot::ram_ranges(config.memory.0);
+    let length = |at: usize| ranges.get(at).map_or(0, |(_, length)| *length);
+    RtcConfig { low_ram: length(0), high_ram: length(1) }
+}
+
+/// The console, as the serial port sees it.
+struct ConsolePeer {
+    output: Arc<Output>,
+    wake: Arc<Wake>,
+}
+
+impl SerialOutput for ConsolePeer {
+    fn write(&mut self, bytes: &[u8]) {
+        self.output.send(bytes);
+    }
+    fn input_room(&mut self) {
+        self.wake.wake();
+    }
+}
+
+/// The machine's buses, as its vCPUs reach them.
+struct MachineIo {
+    bus: Bus,
+    router: Arc<InterruptRouter>,
+    output: Arc<Output>,
+}
+
+impl VcpuIo for MachineIo {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.bus.pio_read(port, data);
+    }
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.bus.pio_write(port, data);
+        // The one place where a vCPU waits for the console's reader: no device is locked here.
+        self.output.throttle();
+    }
+    fn mmio_read(&self, address: GuestPhysical, data: &mut [u8]) {
+        self.bus.mmio_read(address, data);
+    }
+    fn mmio_write(&self, address: GuestPhysical, data: &[u8]) {
+        self.bus.mmio_write(address, data);
+    }
+    fn end_of_interrupt(&self, vector: u8) {
+        self.router.end_of_interrupt(vector);
+    }
+    fn acknowledge_pic(&self) -> Option<u8> {
+        self.router.acknowledge_pic()
+    }
+}
+
+/// Messages of devices and of the IOAPIC, to the engine's LAPICs.
+struct EngineMsi(Arc<dyn Vm>);
+
+impl MsiSink for EngineMsi {
+    fn signal(&self, address: u64, data: u32) {
+        self.0.signal_msi(Msi { address, data });
+    }
+}
+
+/// Power requests of devices, as events.
+struct PowerRequests(Arc<Events>);
+
+impl PowerSink for PowerRequests {
+    fn request(&self, event: PowerEvent) {
+        self.0.stop(match event {
+            PowerEvent::PowerOff => Stop::PowerOff,
+            PowerEvent::Reset => Stop::Reset,
+            PowerEvent::DebugExit(value) => Stop::DebugExit(value),
+        });
+    }
+}

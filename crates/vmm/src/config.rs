@@ -1,0 +1,54 @@
+//! What a machine is made of.
+use crate::Bytes;
+use boot::{Image, Module};
+use std::path::PathBuf;
+
+/// The configuration of one machine.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// Size of the guest's RAM.
+    pub memory: Bytes,
+    /// Number of vCPUs, 1 to [`engine::Engine::max_vcpus`].
+    pub vcpus: u32,
+    /// What the machine starts.
+    pub boot: BootSource,
+    /// Where the serial console COM1 goes.
+    pub serial: Serial,
+    /// End instead of starting again when the guest resets.
+    pub no_reboot: bool,
+    /// Give the guest the debug-exit port.
+    pub debug_exit: bool,
+}
+
+/// A kernel and what it is given. The files stay open, so that a reset loads the same ones.
+#[derive(Debug)]
+pub struct BootSource {
+    /// The kernel: bzImage, ELF with a PVH note, multiboot 1 or 2.
+    pub kernel: Image,
+    /// Initial RAM disk, for kernels that take one.
+    pub initrd: Option<Image>,
+    /// Modules, for kernels that take them.
+    pub modules: Vec<Module>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// The host's end of the serial console.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serial {
+    /// Standard input and output.
+    Stdio(Stdio),
+    /// Output into a new file, no input.
+    File(PathBuf),
+    /// Not connected: output is dropped, there is no input.
+    None,
+}
+
+/// How standard input and output serve as a console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stdio {
+    /// Whether to read standard input.
+    pub input: bool,
+    /// The byte of input that ends the machine, where the input comes from a keyboard.
+    pub escape: Option<u8>,
+}

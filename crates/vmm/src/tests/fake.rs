@@ -1,0 +1,188 @@
+//! An engine whose vCPUs run closures instead of guests.
+use crate::console::Console;
+use crate::{BootSource, Bytes, Host, Image, Machine, MachineConfig, Notice, Serial};
+use arch::{CpuModel, VcpuState};
+use engine::{Engine, EngineError, Halt, Kick, Msi, Vcpu, VcpuIo, Vm, VmConfig};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+/// What a fake vCPU does in one run.
+pub type Script = dyn Fn(&Cpu<'_>) -> Result<Halt, EngineError> + Send + Sync;
+
+/// A vCPU as its script sees it.
+pub struct Cpu<'a> {
+    /// The vCPU's number.
+    pub index: u32,
+    /// How often the machine was made before: 0 at the first start.
+    pub boot: u32,
+    pub io: &'a dyn VcpuIo,
+    kick: &'a FakeKick,
+    messages: &'a Mutex<Vec<Msi>>,
+}
+
+impl Cpu<'_> {
+    pub fn out(&self, port: u16, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.io.pio_write(port, &[*byte]));
+    }
+    pub fn input(&self, port: u16) -> u8 {
+        let mut data = [0];
+        self.io.pio_read(port, &mut data);
+        data[0]
+    }
+    /// The interrupt messages that the machine sent so far.
+    pub fn messages(&self) -> Vec<Msi> {
+        self.messages.lock().unwrap().clone()
+    }
+    /// As a guest in HLT: until the machine kicks the vCPU.
+    pub fn halt(&self) -> Result<Halt, EngineError> {
+        let mut kicked = self.kick.kicked.lock().unwrap();
+        while !*kicked {
+            kicked = self.kick.changed.wait(kicked).unwrap();
+        }
+        *kicked = false;
+        Ok(Halt::Kicked)
+    }
+    /// Whether the machine has kicked the vCPU.
+    pub fn kicked(&self) -> bool {
+        *self.kick.kicked.lock().unwrap()
+    }
+}
+
+#[derive(Default)]
+struct FakeKick {
+    kicked: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Kick for FakeKick {
+    fn kick(&self) {
+        *self.kicked.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+}
+
+struct FakeVcpu {
+    index: u32,
+    boot: u32,
+    state: VcpuState,
+    kick: Arc<FakeKick>,
+    script: Arc<Script>,
+    messages: Arc<Mutex<Vec<Msi>>>,
+}
+
+impl Vcpu for FakeVcpu {
+    fn run(&mut self, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
+        let (kick, messages) = (&*self.kick, &*self.messages);
+        (self.script)(&Cpu { index: self.index, boot: self.boot, io, kick, messages })
+    }
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.kick.clone()
+    }
+    fn state(&mut self) -> Result<VcpuState, EngineError> {
+        Ok(self.state.clone())
+    }
+    fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        self.state = state.clone();
+        Ok(())
+    }
+}
+
+struct FakeVm {
+    boot: u32,
+    script: Arc<Script>,
+    messages: Arc<Mutex<Vec<Msi>>>,
+}
+
+impl Vm for FakeVm {
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
+        Ok(Box::new(FakeVcpu {
+            index,
+            boot: self.boot,
+            state: VcpuState::reset(),
+            kick: Arc::default(),
+            script: self.script.clone(),
+            messages: self.messages.clone(),
+        }))
+    }
+    fn signal_msi(&self, msi: Msi) {
+        self.messages.lock().unwrap().push(msi);
+    }
+    fn set_pic_output(&self, _high: bool) {}
+    fn signal_nmi(&self, _vcpu: u32) {}
+}
+
+pub struct FakeEngine {
+    script: Arc<Script>,
+    boots: AtomicU32,
+}
+
+impl FakeEngine {
+    pub fn new(
+        script: impl Fn(&Cpu<'_>) -> Result<Halt, EngineError> + Send + Sync + 'static,
+    ) -> Self {
+        Self { script: Arc::new(script), boots: AtomicU32::new(0) }
+    }
+}
+
+impl Engine for FakeEngine {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+    fn max_vcpus(&self) -> u32 {
+        8
+    }
+    fn host_cpu(&self) -> CpuModel {
+        CpuModel::default()
+    }
+    fn create_vm(&self, _config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
+        let boot = self.boots.fetch_add(1, Ordering::Relaxed);
+        Ok(Arc::new(FakeVm { boot, script: self.script.clone(), messages: Arc::default() }))
+    }
+}
+
+/// A multiboot image that says where it is loaded (Multiboot 0.6.96 §3.1.3): four bytes of code
+/// at 1 MiB.
+pub fn kernel() -> Image {
+    const MAGIC: u32 = 0x1bad_b002;
+    const FLAGS: u32 = 1 << 16;
+    const BASE: u32 = 0x10_0000;
+    let checksum = 0u32.wrapping_sub(MAGIC).wrapping_sub(FLAGS);
+    let header = [MAGIC, FLAGS, checksum, BASE, BASE, BASE + 36, BASE + 36, BASE + 32];
+    let mut bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+    bytes.extend([0x0f, 0x0b, 0xeb, 0xfe]);
+    Image::from_bytes("test-kernel".into(), bytes).unwrap()
+}
+
+pub fn config() -> MachineConfig {
+    MachineConfig {
+        memory: Bytes::mib(16),
+        vcpus: 1,
+        boot: BootSource {
+            kernel: kernel(),
+            initrd: None,
+            modules: Vec::new(),
+            cmdline: String::new(),
+        },
+        serial: Serial::None,
+        no_reboot: false,
+        debug_exit: true,
+    }
+}
+
+/// A machine whose console is connected to these descriptors.
+pub fn machine(
+    config: MachineConfig,
+    engine: &FakeEngine,
+    input: Option<OwnedFd>,
+    output: Option<OwnedFd>,
+) -> Machine<'_> {
+    Machine::with_console(config, engine, |_, wake| Ok(Console::new(input, output, None, wake)))
+        .unwrap()
+}
+
+/// A host without signals that listens to nothing.
+pub fn host(notify: &mut dyn FnMut(Notice<'_>)) -> Host<'_> {
+    Host { signals: None, grace: Duration::ZERO, notify }
+}
