@@ -10,7 +10,11 @@ pub mod pic;
 pub mod router;
 
 pub use router::InterruptRouter;
+pub mod acpi_pm;
+mod calendar;
 pub mod debug_exit;
+pub mod i8042;
 pub mod legacy_route;
 pub mod pit;
+pub mod rtc;
 pub mod uart;
