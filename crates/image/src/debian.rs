@@ -151,8 +151,9 @@ fn fetch(
     let result = fetch_listed(programs, &apt, cache, folder, progress);
     let lists_are_to_blame = match &result {
         Err(ImageError::NoPackage { .. }) => programs.root() || !apt.has_lists()?,
+        Err(ImageError::Mismatch { .. }) => programs.root(),
         // Old lists name packages that the mirrors no longer have.
-        Err(ImageError::Download { .. } | ImageError::Mismatch { .. }) => programs.root(),
+        Err(ImageError::Download { source, .. }) => programs.root() && source.0.contains(" 404 "),
         _ => false,
     };
     if !lists_are_to_blame {

@@ -180,9 +180,19 @@ fn root_refreshes_lists_that_name_what_the_mirror_no_longer_has() {
     let machine = Machine::new(true);
     machine.touch("lists");
     machine.touch("mirror");
-    machine.touch("cut");
+    machine.touch("gone");
     assert!(is_whole(&machine.prepare().unwrap()));
     assert_eq!(machine.calls("update"), 1);
+}
+
+#[test]
+fn root_without_a_network_does_not_blame_the_lists() {
+    let machine = Machine::new(true);
+    machine.touch("lists");
+    machine.touch("cut");
+    let error = machine.prepare().unwrap_err();
+    assert!(matches!(error, ImageError::Download { .. }), "{error:?}");
+    assert_eq!(machine.calls("update"), 0);
 }
 
 #[test]
