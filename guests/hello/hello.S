@@ -2,7 +2,7 @@
 # Facts of the boot protocol: Xen, docs/misc/pvh.pandoc; start_info.h for the structure.
     .intel_syntax noprefix
 
-    .set COM1, 0x3f8
+    .set LAPIC, 0xfee00000
 
 # XEN_ELFNOTE_PHYS32_ENTRY (18): where the 32-bit entry point is.
     .section .note.pvh, "a", @note
@@ -91,6 +91,11 @@ interrupts_init:
     out dx, al
     add esi, 2
     loop 3b
+    # Virtual wire mode, should firmware have left it out: the 8259s' line is LINT0
+    # (MultiProcessor Specification 1.4 3.6.2.2).
+    mov ebx, LAPIC
+    or dword ptr [rbx + 0xf0], 0x100
+    mov dword ptr [rbx + 0x350], 0x700
     ret
 
 # Writes an interrupt gate for the handler in EAX at EDI, and moves EDI to the next.
