@@ -161,6 +161,22 @@ mod tests {
     }
 
     #[test]
+    fn a_second_fetcher_says_that_it_waits_and_goes_on_when_the_first_is_done() {
+        struct Release(Option<Lock>);
+        impl Progress for Release {
+            fn report(&mut self, step: &Step) {
+                assert_eq!(step.stage, Stage::Waiting);
+                self.0 = None;
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::at(folder.path()).unwrap();
+        let mut first = Release(Some(cache.lock(&mut crate::Quiet).unwrap()));
+        cache.lock(&mut first).unwrap();
+        assert!(first.0.is_none());
+    }
+
+    #[test]
     fn a_sweep_removes_only_what_a_killed_fetcher_left() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::at(folder.path()).unwrap();
