@@ -42,6 +42,12 @@ impl LegacyOutput {
         levels.cut = cut;
         self.line.set(levels.wanted && !cut);
     }
+
+    /// Whether the device is cut off. The device saves this with its own state, so that a
+    /// restore in any order drives the line only where it was driven.
+    pub fn is_cut(&self) -> bool {
+        lock(&self.levels).cut
+    }
 }
 
 #[cfg(test)]

@@ -36,6 +36,9 @@ const B_GATE: u8 = 1 << 0;
 const B_WRITABLE: u8 = 0x0f;
 const B_REFRESH: u8 = 1 << 4;
 const B_OUTPUT: u8 = 1 << 5;
+/// A periodic counter wakes the machine at most this often, in ticks (about 50 µs): edges of a
+/// shorter period come together, so that a guest cannot keep the I/O thread from everything else.
+const SHORTEST_WAKE: u64 = 60;
 /// DRAM refresh period of a PC: the toggle changes this often.
 const REFRESH_NS: u128 = 15_085;
 
@@ -149,6 +152,7 @@ impl Channel {
             mode => mode - 4,
         };
         self.bcd = value & 1 != 0;
+        self.count = self.modulus() as u32;
     }
 
     fn write(&mut self, value: u8, now: u64) {
@@ -168,7 +172,9 @@ impl Channel {
         let count = if self.bcd { from_bcd(raw) } else { u32::from(raw) };
         // With a count of 1, modes 2 and 3 would never change their output; the datasheet
         // forbids it.
-        self.count = if count == 0 { self.modulus() as u32 } else { count };
+        let largest = self.modulus() as u32;
+        // Digits above 9 can make a decimal count too large.
+        self.count = if count == 0 { largest } else { count.min(largest) };
         self.loaded = true;
         match self.mode {
             1 | 5 => {}
@@ -279,7 +285,9 @@ impl Pit {
 
     fn schedule(&mut self, now: u64) {
         self.next_edge = self.channels[0].next_edge(now);
-        self.alarm.set(self.next_edge.map(time_of));
+        let earliest =
+            if matches!(self.channels[0].mode, 2 | 3) { now + SHORTEST_WAKE } else { now };
+        self.alarm.set(self.next_edge.map(|edge| time_of(edge.max(earliest))));
     }
 
     /// Brings channel 0's output up to date. Modes 0 and 1 keep their level; in the others only
@@ -388,6 +396,7 @@ impl Device for Pit {
         }
         state.put("control_b", &self.control_b);
         state.put("next_edge", &self.next_edge);
+        state.put("output_cut", &self.output.is_cut());
         state
     }
     fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
@@ -403,6 +412,7 @@ impl Device for Pit {
         }
         self.control_b = reader.get_if("control_b", |value| value & !B_WRITABLE == 0)?;
         self.next_edge = reader.get("next_edge")?;
+        self.output.cut(reader.get("output_cut")?);
         reader.finish()?;
         self.update_output(self.now());
         Ok(())

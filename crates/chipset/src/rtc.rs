@@ -384,6 +384,7 @@ impl Device for Rtc {
         state.put("memory", &self.memory);
         state.put("offset", &self.offset);
         state.put("seen", &self.seen);
+        state.put("output_cut", &self.output.is_cut());
         state
     }
     fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
@@ -392,6 +393,7 @@ impl Device for Rtc {
         self.memory = reader.get("memory")?;
         self.offset = reader.get("offset")?;
         self.seen = reader.get("seen")?;
+        self.output.cut(reader.get("output_cut")?);
         reader.finish()?;
         self.update_flags();
         self.update_irq();
