@@ -24,6 +24,10 @@ impl Ecam {
 pub struct Platform {
     /// First port of the ACPI power-management block: PM1a event at +0, control at +4, timer at +8.
     pub pm_base: u16,
+    /// Whether the PM timer counts 32 bits, not 24.
+    pub pm_timer_32: bool,
+    /// The general-purpose event block's first port and length in bytes, where there is one.
+    pub gpe0: Option<(u16, u8)>,
     /// The system control interrupt's GSI (level-triggered, active high).
     pub sci: u8,
     /// The fixed reset register's port and value.
@@ -54,6 +58,8 @@ impl Default for Platform {
     fn default() -> Self {
         Self {
             pm_base: 0x600,
+            pm_timer_32: true,
+            gpe0: Some((0x620, 4)),
             sci: 9,
             reset: (0xcf9, 6),
             hpet: Some(0xfed0_0000),

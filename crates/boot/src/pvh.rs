@@ -2,6 +2,7 @@
 //! xen/include/public/arch-x86/hvm/start_info.h): Linux's vmlinux, FreeBSD, Xen, small guests.
 use crate::elf::Elf;
 use crate::error::BootError;
+use crate::initrd;
 use crate::memory::{FIRMWARE_END, HIGH_RAM_START};
 use crate::source::Image;
 use crate::state;
@@ -36,6 +37,9 @@ pub(crate) fn load(
 
     // The initrd is the first module (Linux reads exactly that one); placed as high as possible,
     // out of the way of kernels that use memory after their end without asking.
+    if let Some(image) = initrd {
+        initrd::check(image)?;
+    }
     let mut list = Vec::new();
     let files = initrd
         .iter()

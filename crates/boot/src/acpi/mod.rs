@@ -137,8 +137,10 @@ fn fadt(platform: &Platform, facs: u64, dsdt: u64) -> Sdt {
     let i8042 = u16::from(platform.i8042) << 1;
     fadt.write_u16(109, 1 | i8042 | 1 << 2);
     // Flags (table 5.10): WBINVD works, C1 on all processors, no sleep button in the fixed
-    // registers, no RTC wake in them, reset register. The power button is a fixed one.
-    fadt.write_u32(112, 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10);
+    // registers, no RTC wake in them, PM timer of 32 bits, reset register. The power button is a
+    // fixed one.
+    let timer_32 = u32::from(platform.pm_timer_32) << 8;
+    fadt.write_u32(112, 1 | 1 << 2 | 1 << 5 | 1 << 6 | timer_32 | 1 << 10);
     let (reset_port, reset_value) = platform.reset;
     fadt.write(116, GenericAddress::io_port_address::<u8>(reset_port));
     fadt.write_u8(128, reset_value);
@@ -147,8 +149,21 @@ fn fadt(platform: &Platform, facs: u64, dsdt: u64) -> Sdt {
     fadt.write(148, GenericAddress::io_port_address::<u32>(event));
     fadt.write(172, GenericAddress::io_port_address::<u16>(control));
     fadt.write(208, GenericAddress::io_port_address::<u32>(timer));
+    if let Some((port, length)) = platform.gpe0 {
+        fadt.write_u32(80, port.into());
+        fadt.write_u8(92, length);
+        fadt.write(220, gpe_block(port, length));
+    }
     fadt.write_bytes(268, b"Bivisor\0");
     fadt
+}
+
+/// The extended address of an event block of `length` bytes, accessed by bytes (§5.2.3.2).
+fn gpe_block(port: u16, length: u8) -> GenericAddress {
+    GenericAddress {
+        register_bit_width: length.saturating_mul(8),
+        ..GenericAddress::io_port_address::<u8>(port)
+    }
 }
 
 /// Multiple APIC Description Table (§5.2.12).

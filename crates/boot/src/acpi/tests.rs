@@ -48,6 +48,7 @@ fn the_fixed_table_names_the_power_registers_and_the_other_tables() {
     assert_eq!(fadt.len(), 276);
     assert_eq!((u32_at(fadt, 56), u32_at(fadt, 64), u32_at(fadt, 76)), (0x600, 0x604, 0x608));
     assert!(table_at(&bytes, u32_at(fadt, 40).into()).starts_with(b"DSDT"));
+    assert_eq!((u32_at(fadt, 80), fadt[92]), (0x620, 4));
     let facs = u64::from(u32_at(fadt, 36));
     assert!(table_at(&bytes, facs).starts_with(b"FACS"));
     assert_eq!(facs % 64, 0);
