@@ -40,6 +40,11 @@ pub enum BootError {
             mebibytes_up(*.needed), mebibytes(*.available))]
     MemoryTooSmall { name: String, needed: u64, available: u64 },
     #[error(
+        "{name}: does not fit, beside what is loaded already, into the memory that the boot \
+         protocol reaches (below 4 GiB, or less where the kernel says so); make it smaller"
+    )]
+    NoRoom { name: String },
+    #[error(
         "{name}: wants to be loaded at {start:#x} to {end:#x}, where this machine has no RAM; \
          link it to an address in RAM from 1 MiB on"
     )]

@@ -68,9 +68,13 @@ impl<'a> Loader<'a> {
         self.ram.write(EBDA_START, &[((LEGACY_HOLE_START - EBDA_START) >> 10) as u8])
     }
 
-    /// The error for a file that needs `needed` bytes of memory in all.
+    /// The error for a file that needs `needed` bytes of memory in all, or, where there are as
+    /// many, has found no room in the part of them that it can use.
     pub(crate) fn too_small(&self, image: &Image, needed: u64) -> BootError {
         let (name, available) = (image.name().into(), self.ram.total());
+        if needed <= available {
+            return BootError::NoRoom { name };
+        }
         BootError::MemoryTooSmall { name, needed, available }
     }
 

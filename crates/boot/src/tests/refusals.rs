@@ -127,6 +127,19 @@ fn an_initrd_that_does_not_fit_is_named_with_the_memory_that_it_needs() {
 }
 
 #[test]
+fn a_file_that_more_memory_cannot_help_is_not_answered_with_more_memory() {
+    // The kernel leaves 1 MiB above itself of 16, and 3 MiB are wanted.
+    let mut kernel = bzimage(true);
+    put(&mut kernel, 0x22c, &0x7f_ffffu32.to_le_bytes());
+    put(&mut kernel, 0x260, &0x50_0000u32.to_le_bytes());
+    let mut bytes = crate::initrd::tests::archive();
+    bytes.resize(3 << 20, 0);
+    let initrd = Image::from_bytes("initrd.img".into(), bytes).unwrap();
+    let text = boot(&memory(16), &kernel, Some(&initrd), &[], "").unwrap_err().to_string();
+    assert!(text.starts_with("initrd.img: does not fit, beside what is loaded"), "{text}");
+}
+
+#[test]
 fn a_kernel_outside_of_ram_or_over_itself_is_refused() {
     let text = error(&elf(true, 0xa_0000, &CODE, &pvh_notes(0xa_0000)), "");
     assert!(text.contains("0xa0000 to 0xa1040, where this machine has no RAM"), "{text}");
