@@ -123,6 +123,12 @@ impl Chip {
         }
     }
 
+    /// Chooses the level-triggered inputs, which request while they are high.
+    fn set_elcr(&mut self, elcr: u8) {
+        self.elcr = elcr;
+        self.irr = self.irr & !elcr | self.levels & elcr;
+    }
+
     fn acknowledge(&mut self, input: u8) {
         let bit = 1 << input;
         if !self.auto_eoi {
@@ -301,8 +307,8 @@ impl PioDevice for Pic {
 
     fn write_byte(&mut self, port: u16, value: u8) {
         match port {
-            ports::ELCR => self.master.elcr = value & ELCR_WRITABLE[0],
-            ELCR_SLAVE => self.slave.elcr = value & ELCR_WRITABLE[1],
+            ports::ELCR => self.master.set_elcr(value & ELCR_WRITABLE[0]),
+            ELCR_SLAVE => self.slave.set_elcr(value & ELCR_WRITABLE[1]),
             _ if port & 1 == 0 => self.chip(port).write_command(value),
             _ => self.chip(port).write_data(value),
         }
@@ -460,6 +466,16 @@ mod tests {
         pic.acknowledge();
         pic.write_byte(0x20, 0x62);
         assert!(!output.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn an_input_that_is_high_asks_as_soon_as_it_becomes_level_triggered() {
+        let (mut pic, output) = pic();
+        pic.set_irq(5, true);
+        initialise(&mut pic, 0x01);
+        assert!(!output.load(Ordering::Relaxed), "initialisation clears the edge");
+        pic.write_byte(0x4d0, 0x20);
+        assert_eq!(pic.acknowledge(), Some(0x35));
     }
 
     #[test]

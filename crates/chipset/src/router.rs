@@ -8,6 +8,10 @@ use std::sync::Arc;
 /// input n, and below 16 to PIC input n, where GSI 2 is ISA IRQ 0 (see
 /// [`crate::layout::isa_irq`]). It is made before the rest of the machine, which takes it as its
 /// [`InterruptSink`], and wired like any device.
+///
+/// An engine calls [`InterruptRouter::acknowledge_pic`] and
+/// [`InterruptRouter::end_of_interrupt`] without holding a lock that its `set_pic_output` or
+/// `signal_msi` takes: both are called back with the controller's lock held.
 pub struct InterruptRouter {
     pic: Shared<Pic>,
     ioapic: Shared<IoApic>,
