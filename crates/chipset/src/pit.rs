@@ -40,7 +40,7 @@ const B_OUTPUT: u8 = 1 << 5;
 /// shorter period come together, so that a guest cannot keep the I/O thread from everything else.
 const SHORTEST_WAKE: u64 = 60;
 /// DRAM refresh period of a PC: the toggle changes this often.
-const REFRESH_NS: u128 = 15_085;
+const REFRESH_NS: u64 = 15_085;
 
 /// Whole ticks of the input clock in `time`.
 fn ticks(time: Duration) -> u64 {
@@ -338,7 +338,7 @@ impl PioDevice for Pit {
         let time = self.clock.now();
         let now = ticks(time);
         if port == ports::SYSTEM_CONTROL_B {
-            let refresh = if (time.as_nanos() / REFRESH_NS) & 1 != 0 { B_REFRESH } else { 0 };
+            let refresh = if (time.as_nanos() as u64 / REFRESH_NS) & 1 != 0 { B_REFRESH } else { 0 };
             let output = if self.channels[2].output(now) { B_OUTPUT } else { 0 };
             return self.control_b | refresh | output;
         }
