@@ -1,1 +1,164 @@
-//! Empty so far.
+//! The software CPU engine: runs x86 guests of all modes on any x86-64 host, without `/dev/kvm`,
+//! by translating guest code to host code.
+//!
+//! Where a guest instruction goes: [`run`] finds the block at the guest's instruction pointer in
+//! the code [`cache`]; if there is none, [`translate`] decodes guest code and [`emit`] writes host
+//! code for it into [`codemem`]. Translated code runs between [`thunks`] with guest registers in
+//! host registers and probes the software TLB of [`mmu`] inline; what it cannot do itself it asks
+//! of [`helpers`]: memory accesses that miss ([`access`]), and instructions that only the system
+//! knows how to execute ([`execute`] and the modules it dispatches to). The whole state of a
+//! virtual CPU is [`cpu::Cpu`]; [`mode`] is the part of it that decides what code means. [`vm`]
+//! holds what vCPUs share, [`signals`] turns faults of the host CPU into the guest's.
+//!
+//! `unsafe` code is confined to `access`, `codemem`, `fpu`, `helpers`, `ram`, `region`, `run`,
+//! `signals`, `strings`, `thunks`, `translate::fetch` and `vcpu`.
+mod access;
+mod cache;
+mod clock;
+mod codemem;
+mod control;
+mod cpu;
+mod cpuid;
+mod emit;
+mod events;
+mod exception;
+mod execute;
+mod fpu;
+mod helpers;
+mod interrupt;
+mod lapic;
+mod legacy;
+mod mmu;
+mod mode;
+mod msr;
+mod near;
+mod operand;
+mod ports;
+mod ram;
+mod region;
+mod routing;
+mod run;
+mod segment;
+mod signals;
+mod stack;
+mod strings;
+mod syscall;
+mod tables;
+mod task;
+mod thunks;
+mod transfer;
+mod translate;
+mod vcpu;
+mod vector_memory;
+mod vm;
+mod xsave;
+
+use engine::{Engine, EngineError, Msi, Vcpu, Vm, VmConfig};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// How the engine works.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Keep arithmetic flags exact at every faulting memory access, even where the guest
+    /// overwrites them before it can read them. Slower; for tests and debuggers.
+    pub precise_flags: bool,
+    /// Bytes of translated code that a vCPU keeps, a multiple of 4096.
+    pub code_cache: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { precise_flags: false, code_cache: 64 << 20 }
+    }
+}
+
+/// The software engine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SoftEngine {
+    options: Options,
+}
+
+impl SoftEngine {
+    /// The engine with default options.
+    ///
+    /// # Errors
+    /// The host CPU lacks what the engine needs, or refuses signal handlers.
+    pub fn new() -> Result<Self, EngineError> {
+        Self::with_options(Options::default())
+    }
+
+    /// The engine with other options.
+    ///
+    /// # Errors
+    /// As [`SoftEngine::new`].
+    pub fn with_options(options: Options) -> Result<Self, EngineError> {
+        signals::install()?;
+        thunks::prepare();
+        clock::start_measuring();
+        Ok(Self { options })
+    }
+}
+
+impl Engine for SoftEngine {
+    fn name(&self) -> &'static str {
+        "soft"
+    }
+
+    fn max_vcpus(&self) -> u32 {
+        ram::MAX_VCPUS
+    }
+
+    fn host_cpu(&self) -> arch::CpuModel {
+        cpuid::host_model()
+    }
+
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
+        if config.vcpus == 0 || config.vcpus > self.max_vcpus() {
+            return Err(EngineError::Unsupported(format!(
+                "{} vCPUs: the soft engine runs 1 to {}",
+                config.vcpus,
+                self.max_vcpus()
+            )));
+        }
+        let read_only: Vec<_> = config.read_only.iter().map(|(a, len)| (a.0, *len)).collect();
+        Ok(Arc::new(SoftVm {
+            shared: Arc::new(vm::VmShared {
+                options: self.options,
+                ram: ram::Ram::new(config.memory, &read_only),
+                model: config.cpu,
+                mailboxes: (0..config.vcpus).map(|_| vm::Mailbox::default()).collect(),
+                pic_output: false.into(),
+                split_lock: ().into(),
+                regions: Vec::new().into(),
+            }),
+        }))
+    }
+}
+
+struct SoftVm {
+    shared: Arc<vm::VmShared>,
+}
+
+impl Vm for SoftVm {
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
+        Ok(Box::new(vcpu::SoftVcpu::new(self.shared.clone(), index)?))
+    }
+
+    fn signal_msi(&self, msi: Msi) {
+        self.shared.signal_msi(msi);
+    }
+
+    fn set_pic_output(&self, high: bool) {
+        self.shared.pic_output.store(high, Ordering::SeqCst);
+        if high && let Some(mailbox) = self.shared.mailboxes.first() {
+            mailbox.post(vm::pending::INTERRUPT);
+        }
+    }
+
+    fn signal_nmi(&self, vcpu: u32) {
+        if let Some(mailbox) = self.shared.mailboxes.get(vcpu as usize) {
+            mailbox.post(vm::pending::NMI);
+        }
+    }
+}

@@ -1,0 +1,460 @@
+//! Translated blocks of one vCPU: finding them, linking them to each other, and throwing them
+//! away when the guest changes the code they were made from.
+use crate::codemem::CodeMemory;
+use crate::cpu::{CELLS, Cpu, JUMP_CACHE_ENTRIES, jump_slot};
+use crate::emit::{EdgeKind, Emitted, FlagsIn, Position};
+use crate::mode::Mode;
+use crate::vm::{Written, pending};
+use engine::EngineError;
+use iced_x86::Instruction;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::Ordering;
+
+/// Index of a block in [`CodeCache::blocks`].
+pub type BlockId = u32;
+
+/// Under which translated code is found again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Key {
+    /// Guest instruction pointer (offset in CS in 16- and 32-bit code).
+    pub pc: u64,
+    /// Guest-physical address of the first byte.
+    pub physical: u64,
+    /// Mode for which the code was translated.
+    pub mode: Mode,
+}
+
+/// Guest-physical bytes on which a block depends.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Guest-physical address.
+    pub start: u64,
+    /// Bytes, not crossing a page.
+    pub len: u16,
+}
+
+/// A translated block.
+pub struct Block {
+    /// Its key.
+    pub key: Key,
+    /// Guest-physical page that follows, if the block's only instruction crosses into it.
+    pub second_page: Option<u64>,
+    /// Entry for callers with guest flags in host flags.
+    pub entry: u64,
+    /// Entry for callers with guest flags in `Cpu::raw_flags`.
+    pub saved_entry: u64,
+    /// Bytes of host code from `entry` on.
+    code_len: u32,
+    first_edge: u32,
+    edges: u32,
+    positions: Box<[Position]>,
+    /// Instructions that helpers execute; translated code holds pointers to them.
+    _instructions: Box<[Instruction]>,
+    sources: Vec<Source>,
+    /// Digest of the guest bytes in `sources`.
+    digest: u64,
+    incoming: Vec<u32>,
+    alive: bool,
+}
+
+/// A direct exit.
+#[derive(Clone, Copy)]
+struct Edge {
+    block: BlockId,
+    target: u64,
+    kind: EdgeKind,
+    stub: u64,
+}
+
+#[derive(Default)]
+struct PageCode {
+    blocks: Vec<BlockId>,
+    /// One bit for each 64 bytes that hold code or were looked at.
+    lines: u64,
+}
+
+/// What the translator hands over.
+pub struct NewBlock {
+    /// Key.
+    pub key: Key,
+    /// See [`Block::second_page`].
+    pub second_page: Option<u64>,
+    /// Code.
+    pub emitted: Emitted,
+    /// Instructions that helpers execute.
+    pub instructions: Box<[Instruction]>,
+    /// Where the code came from.
+    pub sources: Vec<Source>,
+    /// Digest of those bytes.
+    pub digest: u64,
+}
+
+/// The code cache of one vCPU.
+pub struct CodeCache {
+    memory: CodeMemory,
+    blocks: Vec<Block>,
+    edges: Vec<Edge>,
+    cells: u32,
+    map: HashMap<Key, BlockId, BuildHasherDefault<Mix>>,
+    pages: HashMap<u64, PageCode, BuildHasherDefault<Mix>>,
+    /// Far edges whose cells are filled.
+    far: Vec<u32>,
+    /// Translated code was invalidated since this was last cleared.
+    pub touched: bool,
+    /// Pages that other vCPUs may still write to unnoticed, with the number of answers due.
+    pub unsure: Vec<(u64, u32)>,
+}
+
+impl CodeCache {
+    /// An empty cache of `size` bytes.
+    ///
+    /// # Errors
+    /// The host gives no memory.
+    pub fn new(size: usize) -> Result<Self, EngineError> {
+        Ok(Self {
+            memory: CodeMemory::new(size)?,
+            blocks: Vec::new(),
+            edges: Vec::new(),
+            cells: 0,
+            map: HashMap::default(),
+            pages: HashMap::default(),
+            far: Vec::new(),
+            touched: false,
+            unsure: Vec::new(),
+        })
+    }
+
+    /// The range of executable host addresses.
+    pub fn range(&self) -> (u64, u64) {
+        self.memory.range()
+    }
+
+    /// Looks a block up.
+    pub fn find(&self, key: &Key) -> Option<BlockId> {
+        self.map.get(key).copied()
+    }
+
+    /// A block.
+    pub fn block(&self, id: BlockId) -> Option<&Block> {
+        self.blocks.get(id as usize)
+    }
+
+    /// The number the next block's first edge will have, and the first free link cell.
+    pub fn next_numbers(&self) -> (u32, u32) {
+        (self.edges.len() as u32, self.cells)
+    }
+
+    /// Takes a block over, or returns `None` when the cache is full and must be cleared first.
+    /// `cells` is the vCPU's array of link cells.
+    pub fn add(&mut self, new: NewBlock, cells: &mut [u64; CELLS]) -> Option<BlockId> {
+        let NewBlock { key, second_page, emitted, instructions, sources, digest } = new;
+        if self.cells as usize + emitted.cells as usize >= CELLS {
+            return None;
+        }
+        let entry = self.memory.install(&emitted.code)?;
+        let id = self.blocks.len() as BlockId;
+        let first_edge = self.edges.len() as u32;
+        for spec in &emitted.edges {
+            let stub = entry + u64::from(spec.stub);
+            if let EdgeKind::Far(cell) = spec.kind
+                && let Some(slot) = cells.get_mut(cell as usize)
+            {
+                *slot = stub;
+            }
+            self.edges.push(Edge { block: id, target: spec.target, kind: spec.kind, stub });
+        }
+        self.cells += emitted.cells;
+        for source in &sources {
+            let page = self.pages.entry(source.start & !0xfff).or_default();
+            page.lines |= line_mask(source.start, usize::from(source.len));
+            if page.blocks.last() != Some(&id) {
+                page.blocks.push(id);
+            }
+        }
+        self.blocks.push(Block {
+            key,
+            second_page,
+            entry,
+            saved_entry: entry + u64::from(emitted.saved_entry),
+            code_len: emitted.code.len() as u32,
+            first_edge,
+            edges: emitted.edges.len() as u32,
+            positions: emitted.positions.into_boxed_slice(),
+            _instructions: instructions,
+            sources,
+            digest,
+            incoming: Vec::new(),
+            alive: true,
+        });
+        self.map.insert(key, id);
+        Some(id)
+    }
+
+    /// The guest address to which an edge leads.
+    pub fn edge_target(&self, edge: u32) -> Option<u64> {
+        self.edges.get(edge as usize).map(|e| e.target)
+    }
+
+    /// Makes an edge jump straight to a block.
+    pub fn link(&mut self, edge: u32, target: BlockId, cells: &mut [u64; CELLS]) {
+        let Some(&Edge { block, kind, .. }) = self.edges.get(edge as usize) else { return };
+        if !self.blocks.get(block as usize).is_some_and(|b| b.alive) {
+            return;
+        }
+        let origin = self.blocks[block as usize].entry;
+        let Some(to) = self.blocks.get_mut(target as usize) else { return };
+        match kind {
+            EdgeKind::Always => return,
+            // An instruction that crosses a page must be looked up through both translations.
+            EdgeKind::Near(_) if to.second_page.is_some() => return,
+            EdgeKind::Near(at) => self.memory.patch(origin + u64::from(at), to.entry),
+            EdgeKind::Far(cell) => {
+                if let Some(slot) = cells.get_mut(cell as usize) {
+                    *slot = to.entry;
+                }
+                self.far.push(edge);
+            }
+        }
+        to.incoming.push(edge);
+    }
+
+    fn unlink(&mut self, edge: u32, cells: &mut [u64; CELLS]) {
+        let Some(&Edge { block, kind, stub, .. }) = self.edges.get(edge as usize) else { return };
+        match kind {
+            EdgeKind::Always => {}
+            EdgeKind::Near(at) => {
+                let origin = self.blocks.get(block as usize).map_or(0, |b| b.entry);
+                self.memory.patch(origin + u64::from(at), stub);
+            }
+            EdgeKind::Far(cell) => {
+                if let Some(slot) = cells.get_mut(cell as usize) {
+                    *slot = stub;
+                }
+            }
+        }
+    }
+
+    /// Empties the cells of all far edges: translations of guest addresses have changed.
+    pub fn unlink_far(&mut self, cells: &mut [u64; CELLS]) {
+        for edge in std::mem::take(&mut self.far) {
+            self.unlink(edge, cells);
+        }
+    }
+
+    /// Throws a block away; returns its guest address.
+    fn kill(&mut self, id: BlockId, cells: &mut [u64; CELLS]) -> Option<u64> {
+        let block = self.blocks.get_mut(id as usize).filter(|b| b.alive)?;
+        block.alive = false;
+        let (key, incoming) = (block.key, std::mem::take(&mut block.incoming));
+        if self.map.get(&key) == Some(&id) {
+            self.map.remove(&key);
+        }
+        for edge in incoming {
+            self.unlink(edge, cells);
+        }
+        self.touched = true;
+        Some(key.pc)
+    }
+
+    /// The blocks that depend on any of `len` bytes at guest-physical `start`, within one page.
+    fn affected(&self, start: u64, len: usize) -> Vec<BlockId> {
+        let Some(page) = self.pages.get(&(start & !0xfff)) else { return Vec::new() };
+        if page.lines & line_mask(start, len) == 0 {
+            return Vec::new();
+        }
+        let end = start + len as u64;
+        let hit = |s: &Source| s.start < end && start < s.start + u64::from(s.len);
+        let alive = |id: &&BlockId| self.blocks.get(**id as usize).is_some_and(|b| b.alive);
+        let touches = |id: &&BlockId| self.blocks[**id as usize].sources.iter().any(hit);
+        page.blocks.iter().filter(alive).filter(touches).copied().collect()
+    }
+
+    /// Blocks on a page whose guest bytes are no longer what they were.
+    fn changed(&self, page: u64, digest: impl Fn(&[Source]) -> u64) -> Vec<BlockId> {
+        let Some(code) = self.pages.get(&page) else { return Vec::new() };
+        let stale = |id: &&BlockId| {
+            let block = self.blocks.get(**id as usize);
+            block.is_some_and(|b| b.alive && digest(&b.sources) != b.digest)
+        };
+        code.blocks.iter().filter(stale).copied().collect()
+    }
+
+    /// Drops dead blocks from a page's list; says whether none is left.
+    fn sweep(&mut self, page: u64) -> bool {
+        let blocks = &self.blocks;
+        let Some(code) = self.pages.get_mut(&page) else { return true };
+        code.blocks.retain(|id| blocks.get(*id as usize).is_some_and(|b| b.alive));
+        code.lines = 0;
+        for id in &code.blocks {
+            for s in blocks[*id as usize].sources.iter().filter(|s| s.start & !0xfff == page) {
+                code.lines |= line_mask(s.start, usize::from(s.len));
+            }
+        }
+        let empty = code.blocks.is_empty();
+        if empty {
+            self.pages.remove(&page);
+        }
+        empty
+    }
+
+    /// The block that holds host address `host`, and the offset in it.
+    fn containing(&self, host: u64) -> Option<(&Block, u32)> {
+        let after = self.blocks.partition_point(|b| b.entry <= host);
+        let block = self.blocks.get(after.checked_sub(1)?)?;
+        let offset = host - block.entry;
+        (offset <= u64::from(block.code_len)).then_some((block, offset as u32))
+    }
+
+    /// Pages that hold code.
+    pub fn code_pages(&self) -> impl Iterator<Item = u64> {
+        self.pages.keys().copied()
+    }
+
+    /// Bytes of host code and number of blocks.
+    pub fn usage(&self) -> (usize, usize) {
+        (self.memory.used(), self.blocks.len())
+    }
+
+    fn clear(&mut self) {
+        self.memory.clear();
+        self.blocks.clear();
+        self.edges.clear();
+        self.cells = 0;
+        self.map.clear();
+        self.pages.clear();
+        self.far.clear();
+        self.unsure.clear();
+        self.touched = true;
+    }
+}
+
+/// A bit for each 64-byte line of the page that the range touches.
+fn line_mask(start: u64, len: usize) -> u64 {
+    let first = (start & 0xfff) >> 6;
+    let last = ((start & 0xfff) + len.max(1) as u64 - 1).min(4095) >> 6;
+    (u64::MAX >> (63 - (last - first))) << first
+}
+
+impl Cpu {
+    /// Finds the guest instruction to which a host address in translated code belongs: sets `rip`
+    /// and `next_rip`, and says where its flags are. `host` is a return address or that of a
+    /// faulting instruction plus one.
+    pub fn locate(&mut self, host: u64) -> Option<Position> {
+        let (block, offset) = self.cache.containing(host.wrapping_sub(1))?;
+        let end = block.positions.partition_point(|p| p.host <= offset);
+        let position = *block.positions.get(end.checked_sub(1)?)?;
+        let pc = block.key.pc;
+        let mask = self.ip_mask();
+        self.rip = pc.wrapping_add(u64::from(position.guest)) & mask;
+        self.next_rip = self.rip.wrapping_add(u64::from(position.length)) & mask;
+        Some(position)
+    }
+
+    /// As `locate`, where the interrupted flags are in `host_flags` unless the position says that
+    /// they are in `raw_flags` already.
+    pub fn take_host_flags_at(&mut self, host: u64) -> Option<Position> {
+        let position = self.locate(host)?;
+        if position.flags == FlagsIn::Host {
+            self.raw_flags = self.host_flags;
+        }
+        Some(position)
+    }
+
+    /// Empties the jump caches and far links.
+    pub fn flush_jump_caches(&mut self) {
+        self.cache.unlink_far(&mut self.cells);
+        for cache in &mut self.jumps {
+            cache.pcs = EMPTY_JUMPS;
+        }
+    }
+
+    /// Empties the jump cache of one MMU index.
+    pub fn empty_jumps(&mut self, mmu: usize) {
+        if let Some(cache) = self.jumps.get_mut(mmu) {
+            cache.pcs = EMPTY_JUMPS;
+        }
+    }
+
+    /// Throws all translations away.
+    pub fn flush_code(&mut self) {
+        let vm = self.vm.clone();
+        vm.ram.forget_code(self.index, self.cache.code_pages());
+        self.flush_jump_caches();
+        self.cache.clear();
+    }
+
+    /// Bytes of RAM that may hold translated code were written: drops the translations, of all
+    /// vCPUs. Says whether this vCPU had any.
+    pub fn code_written(&mut self, physical: u64, len: usize) -> bool {
+        let vm = self.vm.clone();
+        let Some(page) = vm.ram.page(physical) else { return false };
+        let holders = page.code.load(Ordering::SeqCst);
+        for (n, mailbox) in vm.mailboxes.iter().enumerate() {
+            if n as u32 != self.index && holders >> n & 1 != 0 {
+                mailbox.lock_written().push(Written::Range(physical, len));
+                mailbox.post(pending::CODE);
+            }
+        }
+        self.drop_code(physical, len)
+    }
+
+    /// Drops this vCPU's translations of written bytes.
+    pub fn drop_code(&mut self, physical: u64, len: usize) -> bool {
+        let affected = self.cache.affected(physical, len);
+        self.kill_all(physical & !0xfff, &affected)
+    }
+
+    /// Compares a page's translations with its bytes as they are now, and drops those that differ.
+    pub fn verify_code(&mut self, page: u64) {
+        let vm = self.vm.clone();
+        let changed = self.cache.changed(page, |s| crate::translate::digest(&vm.ram, s));
+        self.kill_all(page, &changed);
+    }
+
+    fn kill_all(&mut self, page: u64, blocks: &[BlockId]) -> bool {
+        for &id in blocks {
+            if let Some(pc) = self.cache.kill(id, &mut self.cells) {
+                let slot = jump_slot(pc);
+                for cache in &mut self.jumps {
+                    if cache.pcs[slot] == pc {
+                        cache.pcs[slot] = EMPTY_JUMPS[slot];
+                    }
+                }
+            }
+        }
+        if !blocks.is_empty() && self.cache.sweep(page) {
+            self.vm.clone().ram.forget_code(self.index, std::iter::once(page));
+        }
+        !blocks.is_empty()
+    }
+}
+
+/// Guest addresses that belong to other slots than their own.
+const EMPTY_JUMPS: [u64; JUMP_CACHE_ENTRIES] = {
+    let mut pcs = [0; JUMP_CACHE_ENTRIES];
+    pcs[0] = 1;
+    pcs
+};
+
+/// A multiplicative hasher for small fixed keys, whose values no adversary gains from choosing:
+/// a guest can at worst slow its own translator down.
+#[derive(Default)]
+pub struct Mix(u64);
+
+impl Hasher for Mix {
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(u64::from(value));
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(23) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 29
+    }
+}

@@ -1,0 +1,384 @@
+//! One virtual CPU's state, laid out for translated code.
+//!
+//! While translated code runs, the host's RSP points at this structure and most guest registers
+//! live in host registers; whenever Rust code runs, everything is here: `gpr`, `rip` and `rflags`
+//! are complete and may be changed. The x87 registers alone stay in the host's FPU while the vCPU
+//! runs (see `fpu`); XMM and YMM registers and MXCSR are in `fpu.area` whenever Rust code runs.
+use crate::cache::CodeCache;
+use crate::exception::Exception;
+use crate::lapic::Lapic;
+use crate::mmu::{ExecTlb, Tlb};
+use crate::mode::{CodeSize, MmuIndex, Mode, SegmentClass};
+use crate::vm::VmShared;
+use arch::registers::{cr0, cr4, efer, rflags, xcr0};
+use arch::{DescriptorTable, FpuState, Segment, SegmentName, Segments};
+use engine::VcpuIo;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+/// Entries of a jump cache: a power of two.
+pub const JUMP_CACHE_ENTRIES: usize = 1024;
+
+/// Where translated code of guest addresses starts: for indirect jumps.
+#[repr(C)]
+pub struct JumpCache {
+    /// Guest address in each slot (see [`jump_slot`]); an empty one holds another slot's address.
+    pub pcs: [u64; JUMP_CACHE_ENTRIES],
+    /// Host address to jump to, guest flags being in `raw_flags`.
+    pub hosts: [u64; JUMP_CACHE_ENTRIES],
+}
+
+/// The slot of a guest address in a jump cache; `emit::control` computes the same.
+pub const fn jump_slot(pc: u64) -> usize {
+    (pc ^ (pc & 0xffff_ffff) >> 5) as usize & (JUMP_CACHE_ENTRIES - 1)
+}
+
+/// Link cells for jumps that leave a page: see `links`.
+pub const CELLS: usize = 1 << 17;
+
+/// System registers and MSRs: only Rust code touches these.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct System {
+    pub cr0: u64,
+    pub cr2: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    pub xcr0: u64,
+    /// DR0–DR3, DR6, DR7.
+    pub debug: [u64; 6],
+    pub gdtr: DescriptorTable,
+    pub idtr: DescriptorTable,
+    pub ldtr: Segment,
+    pub tr: Segment,
+    pub star: u64,
+    pub lstar: u64,
+    pub cstar: u64,
+    pub sfmask: u64,
+    pub kernel_gs_base: u64,
+    pub sysenter_cs: u64,
+    pub sysenter_esp: u64,
+    pub sysenter_eip: u64,
+    pub tsc_adjust: u64,
+    pub tsc_aux: u64,
+    pub pat: u64,
+    pub misc_enable: u64,
+    pub spec_ctrl: u64,
+    pub mtrr_def_type: u64,
+    pub mtrr_fixed: [u64; 11],
+    pub mtrr_variable: [u64; 16],
+    /// Current privilege level (CS.DPL is not it in real mode and after some loads).
+    pub cpl: u8,
+    /// Interrupts are inhibited until after the next instruction (STI, MOV SS).
+    pub shadow: bool,
+    /// Debug exceptions are inhibited too (MOV SS, not STI).
+    pub shadow_debug: bool,
+    pub nmi_blocked: bool,
+    /// DR6 bits of data and I/O breakpoints hit by the present instruction.
+    pub debug_hits: u64,
+}
+
+impl System {
+    /// The registers after RESET (Intel SDM 3A table 10-1); PAT and MTRRs likewise.
+    pub fn reset() -> Self {
+        let state = arch::VcpuState::reset();
+        Self {
+            cr0: state.cr0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            xcr0: state.xcr0,
+            debug: state.debug,
+            gdtr: state.gdtr,
+            idtr: state.idtr,
+            ldtr: state.segments.ldtr,
+            tr: state.segments.tr,
+            star: 0,
+            lstar: 0,
+            cstar: 0,
+            sfmask: 0,
+            kernel_gs_base: 0,
+            sysenter_cs: 0,
+            sysenter_esp: 0,
+            sysenter_eip: 0,
+            tsc_adjust: 0,
+            tsc_aux: 0,
+            pat: 0x0007_0406_0007_0406,
+            misc_enable: 1,
+            spec_ctrl: 0,
+            mtrr_def_type: 0,
+            mtrr_fixed: [0; 11],
+            mtrr_variable: [0; 16],
+            cpl: 0,
+            shadow: false,
+            shadow_debug: false,
+            nmi_blocked: false,
+            debug_hits: 0,
+        }
+    }
+}
+
+/// One virtual CPU.
+#[repr(C, align(64))]
+pub struct Cpu {
+    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8–R15.
+    pub gpr: [u64; 16],
+    /// Address that translated code loads from at each poll: a valid one, or one that faults once
+    /// another thread wants this vCPU's attention.
+    pub poll: AtomicU64,
+    /// Arithmetic flags as LAHF and SETO leave them: AL = OF, AH = SF ZF AF PF CF.
+    pub raw_flags: u64,
+    /// Flags in the same form, as they were when a thunk or a signal interrupted translated code.
+    pub host_flags: u64,
+    /// Spill slots of translated code.
+    pub spill: [u64; 4],
+    /// The host's stack pointer while translated code runs.
+    pub host_rsp: u64,
+    /// Where translated code left and why (see `run`).
+    pub exit: u64,
+    /// Second word about the exit.
+    pub exit_detail: u64,
+    /// Pointers to the thunks that translated code calls.
+    pub thunks: [usize; crate::thunks::index::COUNT],
+    /// 1 while XMM, YMM and MXCSR of the guest are in host registers.
+    pub vectors_live: u64,
+    /// 64 + 64 bytes in which accesses to devices and across pages take place.
+    pub bounce: Bounce,
+    /// Instruction pointer of the present instruction (in 16- and 32-bit code the offset in CS).
+    pub rip: u64,
+    /// RFLAGS, complete whenever Rust code runs.
+    pub rflags: u64,
+    /// ES, CS, SS, DS, FS, GS.
+    pub segments: [Segment; 6],
+    /// Difference between the guest's and the host's time-stamp counter.
+    pub tsc_offset: u64,
+    /// x87, SSE and AVX registers.
+    pub area: FpuState,
+    /// Guest-linear to host, for reads and writes.
+    pub tlb: Tlb,
+    /// Guest address to translated code, one for each MMU index.
+    pub jumps: [JumpCache; MmuIndex::COUNT],
+    /// Targets of jumps that leave a page.
+    pub cells: [u64; CELLS],
+
+    /// System registers.
+    pub sys: System,
+    /// The mode for which the present code was looked up; `update_mode` derives it.
+    pub mode: Mode,
+    /// Modes of the entries in `jumps`.
+    pub jump_modes: [Mode; MmuIndex::COUNT],
+    /// Guest-linear to physical, for instruction fetches.
+    pub exec_tlb: ExecTlb,
+    /// Translated code.
+    pub cache: CodeCache,
+    /// The local APIC.
+    pub lapic: Lapic,
+    /// Index of this vCPU in its VM, also its initial APIC id.
+    pub index: u32,
+    /// Where a page-crossing or device write in `bounce` must go (see `access`).
+    pub pending_write: crate::access::PendingWrite,
+    /// Memory, mailboxes, and what else the vCPUs share.
+    pub vm: Arc<VmShared>,
+    /// The machine, set for the time of `Vcpu::run`.
+    pub io: Option<IoPointer>,
+    /// Next instruction after the one that a helper executes.
+    pub next_rip: u64,
+    /// A defect or a panic in a helper: `run` returns it.
+    pub defect: Option<String>,
+    /// A triple fault happened.
+    pub triple_fault: bool,
+    /// The present instruction ended in an exception.
+    pub faulted: bool,
+    /// Base of CS for which links and jump caches were filled.
+    pub jump_base: u64,
+    /// Timer and signal stack of the thread in `Vcpu::run`.
+    pub timer: Option<crate::run::Thread>,
+}
+
+/// Bounce buffer for one access of up to 64 bytes.
+#[repr(C, align(64))]
+pub struct Bounce(pub [u8; 128]);
+
+/// The machine's callbacks while `Vcpu::run` lasts.
+#[derive(Clone, Copy)]
+pub struct IoPointer(pub *const (dyn VcpuIo + 'static));
+
+impl Cpu {
+    /// A segment register.
+    pub fn segment(&self, name: SegmentName) -> &Segment {
+        &self.segments[name as usize]
+    }
+
+    /// Whether paging is on.
+    pub fn paging(&self) -> bool {
+        self.sys.cr0 & cr0::PG != 0
+    }
+
+    /// Whether long mode is active (64-bit or compatibility mode).
+    pub fn long_mode(&self) -> bool {
+        self.sys.efer & efer::LMA != 0
+    }
+
+    /// Whether this is protected mode and not virtual-8086 mode.
+    pub fn protected(&self) -> bool {
+        self.sys.cr0 & cr0::PE != 0 && self.rflags & rflags::VM == 0
+    }
+
+    /// Whether `address` is canonical for the present paging mode (always in 32-bit modes).
+    pub fn canonical(&self, address: u64) -> bool {
+        let bits = if self.sys.cr4 & cr4::LA57 != 0 { 57 } else { 48 };
+        let shift = 64 - bits;
+        ((address << shift) as i64 >> shift) as u64 == address
+    }
+
+    /// Mask of a valid offset or linear address: 64 bits in 64-bit mode, 32 elsewhere.
+    pub fn address_mask(&self) -> u64 {
+        if self.mode.is_64() { u64::MAX } else { 0xffff_ffff }
+    }
+
+    /// The machine's callbacks.
+    ///
+    /// # Panics
+    /// Never while `Vcpu::run` is on the stack, which is the only time when helpers run.
+    pub fn io(&self) -> &'static dyn VcpuIo {
+        crate::run::io_of(self)
+    }
+
+    /// Derives the mode from control registers, flags and segments. To be called by every helper
+    /// that changes one of them, before it returns [`crate::exception::Flow::Jump`] or `Leave`.
+    pub fn update_mode(&mut self) {
+        let cs = self.segments[SegmentName::Cs as usize];
+        let long = self.long_mode();
+        let code = match (long && cs.long(), cs.db()) {
+            (true, _) => CodeSize::Bits64,
+            (false, true) => CodeSize::Bits32,
+            (false, false) => CodeSize::Bits16,
+        };
+        let vm86 = self.rflags & rflags::VM != 0;
+        let real = self.sys.cr0 & cr0::PE == 0 || vm86;
+        let mut bits = 0;
+        let mut set = |on: bool, bit: u32| bits |= if on { bit } else { 0 };
+        set(self.segments[SegmentName::Ss as usize].db(), Mode::STACK32);
+        set(self.rflags & rflags::DF != 0, Mode::DOWN);
+        let step = self.rflags & rflags::TF != 0
+            || self.execution_breakpoints()
+            || self.data_breakpoints();
+        set(step, Mode::STEP);
+        set(self.sys.shadow, Mode::SHADOW);
+        set(self.sys.cr0 & cr0::TS != 0, Mode::TASK_SWITCHED);
+        set(self.sys.cr0 & cr0::EM != 0, Mode::EMULATE_FPU);
+        set(self.sys.cr0 & cr0::MP != 0, Mode::MONITOR_FPU);
+        set(self.sys.cr4 & cr4::OSFXSR != 0, Mode::SSE);
+        let avx = xcr0::SSE | xcr0::AVX;
+        let avx_on = self.sys.cr4 & cr4::OSXSAVE != 0 && self.sys.xcr0 & avx == avx;
+        set(avx_on, Mode::AVX);
+        set(self.sys.cr4 & cr4::TSD != 0 && self.sys.cpl != 0, Mode::NO_TSC);
+        set(real, Mode::REAL_SEGMENTS);
+        set(vm86, Mode::VIRTUAL_8086);
+        let classes = self.segment_classes(code, real);
+        self.mode = Mode::new(code, self.sys.cpl, self.mmu_index(), classes, bits);
+    }
+
+    /// The TLB for ordinary accesses at the present privilege.
+    fn mmu_index(&self) -> MmuIndex {
+        let ac = self.rflags & rflags::AC != 0;
+        match self.sys.cpl {
+            3 if ac && self.sys.cr0 & cr0::AM != 0 => MmuIndex::Aligned,
+            3 => MmuIndex::User,
+            _ if ac && self.sys.cr4 & cr4::SMAP != 0 => MmuIndex::SupervisorAc,
+            _ => MmuIndex::Supervisor,
+        }
+    }
+
+    fn segment_classes(&self, code: CodeSize, real: bool) -> [SegmentClass; 6] {
+        let mut classes = [SegmentClass::Flat; 6];
+        for name in SegmentName::ALL {
+            let segment = self.segment(name);
+            let has_base = matches!(name, SegmentName::Fs | SegmentName::Gs);
+            classes[name as usize] = if code == CodeSize::Bits64 {
+                if has_base { SegmentClass::Based } else { SegmentClass::Flat }
+            } else if segment.limit != u32::MAX
+                || (!real && (segment.expand_down() || !segment.readable()))
+                || (!real && name != SegmentName::Cs && !segment.writable())
+            {
+                SegmentClass::Checked
+            } else if segment.base == 0 {
+                SegmentClass::Flat
+            } else {
+                SegmentClass::Based
+            };
+        }
+        classes
+    }
+
+    /// Whether DR7 enables a breakpoint on instruction execution.
+    pub fn execution_breakpoints(&self) -> bool {
+        let dr7 = self.sys.debug[5];
+        (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0)
+    }
+
+    /// Whether DR7 enables a breakpoint on data accesses.
+    pub fn data_breakpoints(&self) -> bool {
+        let dr7 = self.sys.debug[5];
+        (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 1 != 0)
+    }
+
+    /// The linear address of `offset` in segment `name` for an access of `size` bytes, after the
+    /// checks of limit, type and canonical form (Intel SDM 3A 5.3 and 5.4).
+    ///
+    /// # Errors
+    /// #SS(0) for the stack segment, #GP(0) for the others.
+    pub fn linear(
+        &self,
+        name: SegmentName,
+        offset: u64,
+        size: u64,
+        write: bool,
+    ) -> Result<u64, Exception> {
+        let fault = if name == SegmentName::Ss { Exception::SS0 } else { Exception::GP0 };
+        let segment = self.segment(name);
+        if self.mode.is_64() {
+            let base = match name {
+                SegmentName::Fs | SegmentName::Gs => segment.base,
+                _ => 0,
+            };
+            let linear = base.wrapping_add(offset);
+            let last = linear.wrapping_add(size.saturating_sub(1));
+            return if self.canonical(linear) && self.canonical(last) {
+                Ok(linear)
+            } else {
+                Err(fault)
+            };
+        }
+        if self.mode.segment(name as usize) == SegmentClass::Checked {
+            self.check_segment(segment, offset & 0xffff_ffff, size, write).ok_or(fault)?;
+        }
+        Ok(segment.base.wrapping_add(offset) & 0xffff_ffff)
+    }
+
+    /// Type and limit check of 16- and 32-bit code; `None` is a violation.
+    fn check_segment(&self, segment: &Segment, offset: u64, size: u64, write: bool) -> Option<()> {
+        if !self.mode.real_segments() {
+            let allowed = if write { segment.writable() } else { segment.readable() };
+            if !allowed {
+                return None;
+            }
+        }
+        let last = offset + size.saturating_sub(1);
+        let limit = u64::from(segment.limit);
+        let within = if !self.mode.real_segments() && segment.expand_down() {
+            let top = if segment.db() { 0xffff_ffff } else { 0xffff };
+            offset > limit && last <= top
+        } else {
+            last <= limit
+        };
+        within.then_some(())
+    }
+
+    /// All segment registers as the engine-neutral state holds them.
+    pub fn segments_state(&self) -> Segments {
+        Segments { regs: self.segments, ldtr: self.sys.ldtr, tr: self.sys.tr }
+    }
+}

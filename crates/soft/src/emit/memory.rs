@@ -1,0 +1,198 @@
+//! Guest memory operands: linear addresses and the inline TLB probe.
+use super::asm::{Mem, Reg, Width, cc, op};
+use super::layout::{self, ADDRESS, SCRATCH};
+use super::{Cold, Emitter};
+use crate::helpers::AccessInfo;
+use crate::mmu::TLB_ENTRIES;
+use crate::mode::{CodeSize, SegmentClass};
+use crate::thunks::index;
+use crate::translate::classify::Operand;
+use arch::SegmentName;
+use iced_x86::{Instruction, Register};
+
+/// The segment register of an iced register.
+pub fn segment_name(register: Register) -> SegmentName {
+    match register {
+        Register::ES => SegmentName::Es,
+        Register::CS => SegmentName::Cs,
+        Register::SS => SegmentName::Ss,
+        Register::FS => SegmentName::Fs,
+        Register::GS => SegmentName::Gs,
+        _ => SegmentName::Ds,
+    }
+}
+
+/// An access between its probe and its end.
+#[must_use]
+pub struct Site {
+    miss: super::asm::Fixup,
+    table: i32,
+    info: AccessInfo,
+    back: usize,
+    position: usize,
+}
+
+impl Emitter<'_> {
+    /// Puts the offset (effective address) of the memory operand into RDI; clobbers RSI, but no
+    /// flags.
+    pub fn effective_address(&mut self, insn: &Instruction) {
+        let displacement = insn.memory_displacement64();
+        let base = insn.memory_base();
+        let (width, mask16) = self.address_width(insn);
+        if insn.is_ip_rel_memory_operand() {
+            let address = insn.ip_rel_memory_address();
+            self.asm.mov_imm(
+                ADDRESS,
+                if width == Width::W32 { address & 0xffff_ffff } else { address },
+            );
+            return;
+        }
+        let index = (insn.memory_index() != Register::None)
+            .then(|| (self.address_register(insn.memory_index(), SCRATCH), scale(insn)));
+        if base == Register::None && index.is_none() {
+            let mask = if mask16 {
+                0xffff
+            } else if width == Width::W32 {
+                0xffff_ffff
+            } else {
+                u64::MAX
+            };
+            self.asm.mov_imm(ADDRESS, displacement & mask);
+            return;
+        }
+        let base = (base != Register::None).then(|| self.address_register(base, ADDRESS));
+        let disp = displacement as i32;
+        self.asm.lea(width, ADDRESS, Mem { base, index, disp });
+        if mask16 {
+            self.asm.rr(Width::W32, op::MOVZX16, ADDRESS, ADDRESS);
+        }
+    }
+
+    /// Width of the address computation, and whether only 16 bits of it count.
+    pub(super) fn address_width(&self, insn: &Instruction) -> (Width, bool) {
+        let register = match insn.memory_base() {
+            Register::None => insn.memory_index(),
+            base => base,
+        };
+        let size = match register {
+            Register::RIP => 8,
+            Register::EIP => 4,
+            Register::None => insn.memory_displ_size() as usize,
+            r => r.size(),
+        };
+        match (self.context.mode.code(), size) {
+            (_, 2) => (Width::W32, true),
+            (CodeSize::Bits64, 4) if register != Register::None => (Width::W32, false),
+            (CodeSize::Bits64, _) => (Width::W64, false),
+            _ => (Width::W32, false),
+        }
+    }
+
+    /// The host register that holds an address register, loading it to `scratch` if it is spilled.
+    fn address_register(&mut self, register: Register, scratch: Reg) -> Reg {
+        let n = register.full_register().number();
+        layout::host(n).unwrap_or_else(|| {
+            self.asm.load(Width::W64, scratch, layout::gpr(n));
+            scratch
+        })
+    }
+
+    /// Turns the offset in RDI into a linear address. Clobbers flags.
+    pub fn apply_segment(&mut self, name: SegmentName, operand: Operand) {
+        match self.context.mode.segment(name as usize) {
+            SegmentClass::Flat => {}
+            SegmentClass::Based => {
+                let width = if self.context.mode.is_64() { Width::W64 } else { Width::W32 };
+                self.asm.rm(width, op::ADD_LOAD, ADDRESS, layout::segment_base(name as usize));
+            }
+            SegmentClass::Checked => {
+                let info = AccessInfo::new(operand.size, operand.reads, operand.writes, name);
+                self.asm.mov_imm(SCRATCH, u64::from(info.0));
+                let thunk = self.thunk(index::SEGMENT);
+                self.asm.call_mem(thunk);
+            }
+        }
+    }
+
+    /// Probes the TLB for the linear address in RDI, which becomes a host address. Clobbers RSI
+    /// and flags. The access itself must follow, then [`Emitter::end_access`].
+    pub fn probe(&mut self, operand: Operand, segment: SegmentName) -> Site {
+        let info = AccessInfo::new(operand.size, operand.reads, operand.writes, segment);
+        let table = layout::tlb_table(self.context.mode.mmu() as usize, operand.writes);
+        let tag = Mem::indexed(Reg::RSP, SCRATCH, 0, table);
+        let host = Mem::indexed(Reg::RSP, SCRATCH, 0, table + 8);
+        if self.context.bmi2 {
+            self.asm.rorx(Width::W64, SCRATCH, ADDRESS, 8);
+        } else {
+            self.asm.mov(Width::W64, SCRATCH, ADDRESS);
+            self.asm.shift_imm(Width::W64, 5, SCRATCH, 8);
+        }
+        self.asm.alu_imm(Width::W32, 4, SCRATCH, ((TLB_ENTRIES - 1) << 4) as i32);
+        self.asm.rm(Width::W64, op::XOR_LOAD, ADDRESS, tag);
+        self.asm.alu_imm(Width::W64, 7, ADDRESS, 4096 - operand.size as i32);
+        let miss = self.asm.jcc(cc::A);
+        self.asm.rm(Width::W64, op::ADD_LOAD, ADDRESS, host);
+        let position = self.positions.len() - 1;
+        Site { miss, table, info, back: self.asm.here(), position }
+    }
+
+    /// Ends the access begun by [`Emitter::probe`]. For a write, all code since then must be
+    /// position-independent, since the slow path holds a copy of it.
+    pub fn end_access(&mut self, site: Site) {
+        let after = self.asm.here();
+        self.cold.push(Cold::Access {
+            miss: site.miss,
+            table: site.table,
+            info: site.info,
+            back: site.back,
+            after,
+            position: site.position,
+        });
+    }
+
+    pub(super) fn place_access(
+        &mut self,
+        miss: super::asm::Fixup,
+        table: i32,
+        info: AccessInfo,
+        (back, after): (usize, usize),
+        position: usize,
+    ) {
+        self.resume_position(position);
+        self.asm.bind(miss);
+        // The same XOR gives the address back.
+        let tag = Mem::indexed(Reg::RSP, SCRATCH, 0, table);
+        self.asm.rm(Width::W64, op::XOR_LOAD, ADDRESS, tag);
+        self.asm.mov_imm(SCRATCH, u64::from(info.0));
+        if !info.writes() {
+            let thunk = self.thunk(index::READ);
+            self.asm.call_mem(thunk);
+            self.asm.jmp_to(back);
+            return;
+        }
+        let thunk = self.thunk(index::WRITE);
+        self.asm.call_mem(thunk);
+        self.asm.rr(Width::W32, &[0x85], SCRATCH, SCRATCH);
+        let plain = self.asm.jcc(cc::E);
+        self.asm.bind_to(plain, back);
+        let copy = self.asm.bytes.get(back..after).map(<[u8]>::to_vec).unwrap_or_default();
+        self.asm.raw(&copy);
+        if let Some(end) = self.positions_until(after) {
+            self.flags = end;
+            self.mark();
+        }
+        let thunk = self.thunk(index::COMMIT);
+        self.asm.call_mem(thunk);
+        self.asm.jmp_to(after);
+    }
+
+    /// Where the flags are at host offset `at` of the straight code.
+    fn positions_until(&self, at: usize) -> Option<super::FlagsIn> {
+        let end = self.positions.partition_point(|p| (p.host as usize) <= at);
+        self.positions.get(end.checked_sub(1)?).map(|p| p.flags)
+    }
+}
+
+fn scale(insn: &Instruction) -> u8 {
+    insn.memory_index_scale().trailing_zeros() as u8
+}

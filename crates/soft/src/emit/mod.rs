@@ -1,0 +1,319 @@
+//! From decoded guest instructions to host code.
+//!
+//! [`Emitter`] holds the block under construction. `memory` makes addresses and probes, `native`
+//! re-encodes instructions, `stack` and `control` do PUSH to RET and everything that ends a block.
+//! Slow paths are collected as [`Cold`] stubs and placed after the block's straight code.
+pub mod asm;
+pub mod control;
+pub mod layout;
+pub mod memory;
+pub mod native;
+pub mod stack;
+
+use crate::helpers::AccessInfo;
+use crate::mode::Mode;
+use crate::thunks::index;
+use crate::translate::classify::Operands;
+use crate::translate::flags::{self, Effect, Flags};
+use asm::{Asm, Fixup, Mem, Reg, Width, cc};
+use iced_x86::{Encoder, FlowControl, Instruction};
+use layout::{ADDRESS, RAW_FLAGS, SCRATCH};
+
+/// Where the guest's arithmetic flags are at a point of the host code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlagsIn {
+    /// In the host's flags register.
+    Host,
+    /// In `Cpu::raw_flags`; the host's flags are garbage.
+    Saved,
+}
+
+/// From a host code offset on, which guest instruction it belongs to and where its flags are.
+#[derive(Clone, Copy, Debug)]
+pub struct Position {
+    /// First host byte, from the start of the block.
+    pub host: u32,
+    /// Guest offset of the instruction from the start of the block.
+    pub guest: u16,
+    /// Length of the guest instruction.
+    pub length: u8,
+    /// Where the flags are.
+    pub flags: FlagsIn,
+    /// Whether the instruction goes elsewhere than to the next one.
+    pub transfer: bool,
+}
+
+/// How an edge reaches its target once linked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EdgeKind {
+    /// A jump whose displacement, at this offset, is patched.
+    Near(u32),
+    /// A jump through this link cell, which is emptied when translations of addresses change.
+    Far(u32),
+    /// Never linked.
+    Always,
+}
+
+/// A direct exit of a block.
+#[derive(Clone, Copy, Debug)]
+pub struct EdgeSpec {
+    /// Guest address to go to.
+    pub target: u64,
+    /// How.
+    pub kind: EdgeKind,
+    /// Offset of the stub that leaves to the run loop.
+    pub stub: u32,
+}
+
+/// Code that runs rarely.
+enum Cold {
+    Access { miss: Fixup, table: i32, info: AccessInfo, back: usize, after: usize, position: usize },
+    Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn },
+    Indirect { miss: Fixup },
+}
+
+/// What the emitter needs to know of its surroundings.
+#[derive(Clone, Copy)]
+pub struct Context {
+    /// The mode the code is for.
+    pub mode: Mode,
+    /// Guest address of the block.
+    pub pc: u64,
+    /// Number of the block's first edge.
+    pub first_edge: u32,
+    /// Number of the first free link cell.
+    pub first_cell: u32,
+    /// Whether all flags count as live everywhere.
+    pub precise: bool,
+    /// Whether the host has BMI2.
+    pub bmi2: bool,
+    /// Whether the block uses vector registers.
+    pub vectors: bool,
+    /// Whether edges may be linked (not while stepping).
+    pub linkable: bool,
+}
+
+/// A block under construction.
+pub struct Emitter<'a> {
+    asm: Asm,
+    context: Context,
+    encoder: Encoder,
+    operands: &'a mut Operands,
+    flags: FlagsIn,
+    positions: Vec<Position>,
+    edges: Vec<EdgeSpec>,
+    cold: Vec<Cold>,
+    cells: u32,
+    /// The present instruction.
+    guest: u16,
+    length: u8,
+    transfer: bool,
+    /// Flags live before and after the present instruction.
+    live_before: Flags,
+    live_after: Flags,
+}
+
+/// Finished code of a block.
+pub struct Emitted {
+    /// Host code, position-independent.
+    pub code: Vec<u8>,
+    /// Map from host to guest, ascending.
+    pub positions: Vec<Position>,
+    /// Direct exits.
+    pub edges: Vec<EdgeSpec>,
+    /// Offset of the entry for callers with flags in `raw_flags`.
+    pub saved_entry: u32,
+    /// Link cells used.
+    pub cells: u32,
+}
+
+impl<'a> Emitter<'a> {
+    /// Starts a block into which `live_in` flags flow.
+    pub fn new(context: Context, operands: &'a mut Operands, live_in: Flags, poll: bool) -> Self {
+        let mut emitter = Self {
+            asm: Asm::default(),
+            context,
+            encoder: Encoder::new(64),
+            operands,
+            flags: FlagsIn::Host,
+            positions: Vec::new(),
+            edges: Vec::new(),
+            cold: Vec::new(),
+            cells: 0,
+            guest: 0,
+            length: 0,
+            transfer: false,
+            live_before: live_in,
+            live_after: live_in,
+        };
+        emitter.mark();
+        if poll {
+            emitter.asm.load(Width::W64, ADDRESS, layout::POLL);
+            emitter.asm.load(Width::W32, ADDRESS, Mem::at(ADDRESS, 0));
+        }
+        if context.vectors {
+            emitter.require_vectors();
+        }
+        emitter
+    }
+
+    /// Notes that code from here on belongs to the present instruction.
+    fn mark(&mut self) {
+        let position = Position {
+            host: self.asm.here() as u32,
+            guest: self.guest,
+            length: self.length,
+            flags: self.flags,
+            transfer: self.transfer,
+        };
+        match self.positions.last_mut() {
+            Some(last) if last.host == position.host => *last = position,
+            _ => self.positions.push(position),
+        }
+    }
+
+    /// Starts a guest instruction.
+    pub fn begin(&mut self, insn: &Instruction, live_before: Flags, live_after: Flags) {
+        self.guest = insn.ip().wrapping_sub(self.context.pc) as u16;
+        self.length = insn.len() as u8;
+        self.transfer = insn.flow_control() != FlowControl::Next;
+        self.live_before = if self.context.precise { flags::ALL } else { live_before };
+        self.live_after = if self.context.precise { flags::ALL } else { live_after };
+        self.mark();
+    }
+
+    /// Makes sure that live flags survive code that clobbers the host's.
+    fn free_flags(&mut self, live: Flags) {
+        if live != 0 && self.flags == FlagsIn::Host {
+            self.asm.save_flags(RAW_FLAGS);
+            self.flags = FlagsIn::Saved;
+            self.mark();
+        }
+    }
+
+    /// Puts the guest's flags into the host's flags register; clobbers RSI.
+    fn need_flags(&mut self) {
+        if self.flags == FlagsIn::Saved {
+            self.asm.restore_flags(RAW_FLAGS);
+            self.flags = FlagsIn::Host;
+            self.mark();
+        }
+    }
+
+    /// Prepares the host's flags for an instruction with this effect; clobbers RSI.
+    fn flags_for(&mut self, effect: Effect) {
+        let through = self.live_after & !effect.kills;
+        if effect.reads != 0 || (effect.touches != 0 && through != 0) {
+            self.need_flags();
+        }
+    }
+
+    /// Notes what an instruction with this effect did.
+    fn flags_after(&mut self, effect: Effect) {
+        if effect.touches != 0 {
+            self.flags = FlagsIn::Host;
+        }
+    }
+
+    fn require_vectors(&mut self) {
+        self.free_flags(self.live_before);
+        // cmp qword [vectors_live], 0
+        self.asm.rm(Width::W64, &[0x83], Reg(7), layout::VECTORS_LIVE);
+        self.asm.raw(&[0]);
+        let live = self.asm.jcc(cc::NE);
+        self.asm.call_mem(layout::thunk(index::LOAD_VECTORS));
+        self.asm.bind(live);
+    }
+
+    /// The thunk `which`, in the variant for this block.
+    fn thunk(&self, which: usize) -> Mem {
+        layout::thunk(if self.context.vectors { which + index::VECTOR } else { which })
+    }
+
+    /// An instruction executed by Rust code.
+    pub fn helper(&mut self, insn: *const Instruction) {
+        if self.flags == FlagsIn::Host {
+            self.asm.save_flags(RAW_FLAGS);
+            self.flags = FlagsIn::Saved;
+            self.mark();
+        }
+        self.asm.mov_imm(ADDRESS, insn as u64);
+        let thunk = self.thunk(index::EXECUTE);
+        self.asm.call_mem(thunk);
+        self.flags = FlagsIn::Host;
+        self.mark();
+    }
+
+    /// An instruction that this CPU does not have.
+    pub fn invalid(&mut self) {
+        self.asm.raw(&[0x0f, 0x0b]);
+    }
+
+    /// RDTSC (Intel SDM 2B), with the guest's offset; leaves flags alone where the host has BMI2.
+    pub fn read_tsc(&mut self) {
+        if !self.context.bmi2 {
+            self.free_flags(self.live_before);
+        }
+        self.asm.raw(&[0x0f, 0x31]);
+        if self.context.bmi2 {
+            self.asm.rorx(Width::W64, Reg::RDX, Reg::RDX, 32);
+        } else {
+            self.asm.shift_imm(Width::W64, 4, Reg::RDX, 32);
+        }
+        self.asm.lea(Width::W64, Reg::RAX, Mem::indexed(Reg::RAX, Reg::RDX, 0, 0));
+        self.asm.load(Width::W64, SCRATCH, layout::TSC_OFFSET);
+        self.asm.lea(Width::W64, Reg::RDX, Mem::indexed(Reg::RAX, SCRATCH, 0, 0));
+        self.asm.mov(Width::W32, Reg::RAX, Reg::RDX);
+        if self.context.bmi2 {
+            self.asm.rorx(Width::W64, Reg::RDX, Reg::RDX, 32);
+            self.asm.mov(Width::W32, Reg::RDX, Reg::RDX);
+        } else {
+            self.asm.shift_imm(Width::W64, 5, Reg::RDX, 32);
+        }
+    }
+
+    /// Ends the block: places stubs and the second entry.
+    pub fn finish(mut self, live_in: Flags) -> Emitted {
+        for cold in std::mem::take(&mut self.cold) {
+            self.place(cold);
+        }
+        let mut saved_entry = 0;
+        if live_in != 0 || self.context.precise {
+            saved_entry = self.asm.here() as u32;
+            self.asm.restore_flags(RAW_FLAGS);
+            self.asm.jmp_to(0);
+        }
+        Emitted {
+            code: self.asm.bytes,
+            positions: self.positions,
+            edges: self.edges,
+            saved_entry,
+            cells: self.cells,
+        }
+    }
+
+    fn place(&mut self, cold: Cold) {
+        match cold {
+            Cold::Access { miss, table, info, back, after, position } => {
+                self.place_access(miss, table, info, (back, after), position);
+            }
+            Cold::Edge { fixup, edge, flags } => self.place_edge(fixup, edge, flags),
+            Cold::Indirect { miss } => {
+                self.asm.bind(miss);
+                self.asm.jmp_mem(layout::thunk(index::LEAVE_INDIRECT));
+            }
+        }
+    }
+
+    /// Copies what is known of the present instruction to code placed later.
+    fn resume_position(&mut self, position: usize) {
+        if let Some(&Position { guest, length, flags, transfer, .. }) = self.positions.get(position)
+        {
+            self.guest = guest;
+            self.length = length;
+            self.flags = flags;
+            self.transfer = transfer;
+            self.mark();
+        }
+    }
+}

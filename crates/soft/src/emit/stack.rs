@@ -1,0 +1,169 @@
+//! PUSH, POP, LEAVE and the stack side of CALL and RET, where the stack is flat: 64-bit mode, or
+//! a 32-bit stack segment without limit checks. Elsewhere `near` does them.
+use super::Emitter;
+use super::asm::{Mem, Reg, Width};
+use super::layout::{self, ADDRESS, GUEST_RSP, SCRATCH};
+use super::memory::segment_name;
+use crate::mode::{Mode, SegmentClass};
+use crate::translate::classify::Operand;
+use arch::SegmentName;
+use iced_x86::{Instruction, OpKind, Register};
+
+/// Whether translated code can handle the stack itself.
+pub fn is_flat(mode: Mode) -> bool {
+    mode.is_64()
+        || (mode.stack32() && mode.segment(SegmentName::Ss as usize) != SegmentClass::Checked)
+}
+
+/// What to push.
+#[derive(Clone, Copy)]
+pub enum Source {
+    /// A guest register.
+    Register(Register),
+    /// A constant, sign-extended from the operand size.
+    Constant(u64),
+    /// Spill slot 0.
+    Spill,
+}
+
+impl Emitter<'_> {
+    fn stack_width(&self) -> Width {
+        if self.context.mode.is_64() { Width::W64 } else { Width::W32 }
+    }
+
+    /// Pushes `size` bytes (2, 4 or 8).
+    pub fn push_value(&mut self, source: Source, size: u32) {
+        let operand = Operand { size, reads: false, writes: true };
+        self.free_flags(self.live_before);
+        let width = self.stack_width();
+        self.asm.lea(width, ADDRESS, Mem::at(GUEST_RSP, -(size as i32)));
+        self.apply_segment(SegmentName::Ss, operand);
+        let site = self.probe(operand, SegmentName::Ss);
+        let place = Mem::at(ADDRESS, 0);
+        let store_width = operand_width(size);
+        match source {
+            Source::Register(r) => {
+                let n = r.full_register().number();
+                let from = layout::host(n).unwrap_or_else(|| {
+                    self.asm.load(Width::W64, SCRATCH, layout::gpr(n));
+                    SCRATCH
+                });
+                self.asm.store(store_width, place, from);
+            }
+            Source::Constant(value) => match i32::try_from(value as i64) {
+                Ok(v) => self.asm.store_imm(store_width, place, v),
+                Err(_) if size < 8 => self.asm.store_imm(store_width, place, value as i32),
+                Err(_) => {
+                    self.asm.mov_imm(SCRATCH, value);
+                    self.asm.store(store_width, place, SCRATCH);
+                }
+            },
+            Source::Spill => {
+                self.asm.load(Width::W64, SCRATCH, layout::spill(0));
+                self.asm.store(store_width, place, SCRATCH);
+            }
+        }
+        self.asm.lea(width, GUEST_RSP, Mem::at(GUEST_RSP, -(size as i32)));
+        self.end_access(site);
+    }
+
+    /// PUSH of a register or an immediate.
+    pub fn push(&mut self, insn: &Instruction) {
+        let size = insn.stack_pointer_increment().unsigned_abs();
+        let source = match insn.op_kind(0) {
+            OpKind::Register => Source::Register(insn.op0_register()),
+            kind => Source::Constant(immediate(insn, kind)),
+        };
+        self.push_value(source, size);
+    }
+
+    /// PUSH of memory.
+    pub fn push_memory(&mut self, insn: &Instruction) {
+        let size = insn.memory_size().size() as u32;
+        self.load_operand(insn, size);
+        self.asm.store(Width::W64, layout::spill(0), ADDRESS);
+        self.push_value(Source::Spill, size);
+    }
+
+    /// Loads the memory operand, zero-extended, to RDI.
+    pub fn load_operand(&mut self, insn: &Instruction, size: u32) {
+        let operand = Operand { size, reads: true, writes: false };
+        self.free_flags(self.live_before);
+        self.effective_address(insn);
+        let segment = segment_name(insn.memory_segment());
+        self.apply_segment(segment, operand);
+        let site = self.probe(operand, segment);
+        self.load_zero_extended(ADDRESS, size);
+        self.end_access(site);
+    }
+
+    fn load_zero_extended(&mut self, to: Reg, size: u32) {
+        let place = Mem::at(ADDRESS, 0);
+        match size {
+            2 => self.asm.rm(Width::W32, super::asm::op::MOVZX16, to, place),
+            4 => self.asm.load(Width::W32, to, place),
+            _ => self.asm.load(Width::W64, to, place),
+        }
+    }
+
+    /// Loads the top of the stack, zero-extended, to RDI, and then moves RSP up by `size + extra`.
+    pub fn pop_to_address(&mut self, size: u32, extra: u32) {
+        let operand = Operand { size, reads: true, writes: false };
+        self.free_flags(self.live_before);
+        let width = self.stack_width();
+        self.asm.mov(width, ADDRESS, GUEST_RSP);
+        self.apply_segment(SegmentName::Ss, operand);
+        let site = self.probe(operand, SegmentName::Ss);
+        self.load_zero_extended(ADDRESS, size);
+        self.end_access(site);
+        self.asm.lea(width, GUEST_RSP, Mem::at(GUEST_RSP, (size + extra) as i32));
+    }
+
+    /// POP of a register.
+    pub fn pop(&mut self, insn: &Instruction) {
+        let size = insn.stack_pointer_increment().unsigned_abs();
+        self.pop_to_address(size, 0);
+        self.write_gpr(insn.op0_register(), ADDRESS);
+    }
+
+    /// LEAVE: RSP from RBP, then POP RBP.
+    pub fn leave(&mut self, insn: &Instruction) {
+        // The increment of LEAVE is not a constant for iced; the operand size is that of its code.
+        let size = match insn.code() {
+            iced_x86::Code::Leavew => 2,
+            iced_x86::Code::Leaved => 4,
+            _ => 8,
+        };
+        let operand = Operand { size, reads: true, writes: false };
+        self.free_flags(self.live_before);
+        let width = self.stack_width();
+        self.asm.mov(width, ADDRESS, Reg::RBP);
+        self.apply_segment(SegmentName::Ss, operand);
+        let site = self.probe(operand, SegmentName::Ss);
+        self.load_zero_extended(ADDRESS, size);
+        self.end_access(site);
+        self.asm.lea(width, GUEST_RSP, Mem::at(Reg::RBP, size as i32));
+        let target = super::native::sized(5, size as usize);
+        self.write_gpr(target, ADDRESS);
+    }
+}
+
+fn operand_width(size: u32) -> Width {
+    match size {
+        2 => Width::W16,
+        4 => Width::W32,
+        _ => Width::W64,
+    }
+}
+
+fn immediate(insn: &Instruction, kind: OpKind) -> u64 {
+    match kind {
+        OpKind::Immediate8to16 => insn.immediate8to16() as u64,
+        OpKind::Immediate8to32 => insn.immediate8to32() as u64,
+        OpKind::Immediate8to64 => insn.immediate8to64() as u64,
+        OpKind::Immediate32to64 => insn.immediate32to64() as u64,
+        OpKind::Immediate16 => u64::from(insn.immediate16()),
+        OpKind::Immediate32 => u64::from(insn.immediate32()),
+        _ => u64::from(insn.immediate8()),
+    }
+}

@@ -1,0 +1,175 @@
+//! The Rust functions that thunks call: where translated code meets the rest of the engine.
+#![allow(unsafe_code)]
+use crate::cpu::Cpu;
+use crate::exception::{Exception, Flow};
+use crate::thunks::exit;
+use arch::SegmentName;
+use iced_x86::Instruction;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// What a site of translated code tells about its access: one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AccessInfo(pub u32);
+
+impl AccessInfo {
+    const READS: u32 = 1 << 8;
+    const WRITES: u32 = 1 << 9;
+
+    /// An access of `size` bytes (1 to 64) through `segment`.
+    pub fn new(size: u32, reads: bool, writes: bool, segment: SegmentName) -> Self {
+        let flags = if reads { Self::READS } else { 0 } | if writes { Self::WRITES } else { 0 };
+        Self(size & 0xff | flags | (segment as u32) << 12)
+    }
+    fn size(self) -> usize {
+        (self.0 & 0xff) as usize
+    }
+    fn reads(self) -> bool {
+        self.0 & Self::READS != 0
+    }
+    /// Whether the operand is written.
+    pub fn writes(self) -> bool {
+        self.0 & Self::WRITES != 0
+    }
+    fn segment(self) -> SegmentName {
+        SegmentName::ALL[(self.0 >> 12 & 7) as usize % 6]
+    }
+}
+
+/// RAX and RDX of a helper's answer.
+#[repr(C)]
+pub struct Answer {
+    value: u64,
+    /// 0: leave to the run loop; 1: go on; 3: go on, and commit the store.
+    status: u64,
+}
+
+const LEAVE: Answer = Answer { value: 0, status: 0 };
+
+/// Runs the body of a helper; a panic is a defect of the engine that stops the VM, not the host
+/// process.
+fn guarded<T>(cpu: *mut Cpu, leave: T, body: impl FnOnce(&mut Cpu) -> T) -> T {
+    // SAFETY: thunks pass the Cpu that RSP pointed at; while the helper runs, translated code does
+    // not, and the run loop's own reference is not used until `enter` returns.
+    let cpu = unsafe { &mut *cpu };
+    match catch_unwind(AssertUnwindSafe(|| body(cpu))) {
+        Ok(value) => value,
+        Err(_) => {
+            cpu.defect = Some(format!("a helper panicked at guest address {:#x}", cpu.rip));
+            cpu.exit = exit::HELPER;
+            leave
+        }
+    }
+}
+
+/// Makes the state that of the start of the instruction at host address `host` and delivers
+/// `exception` there.
+fn fault_at(cpu: &mut Cpu, host: u64, exception: Exception) {
+    cpu.locate(host);
+    cpu.unpack_flags();
+    crate::interrupt::deliver_exception(cpu, exception);
+    cpu.exit = exit::HELPER;
+}
+
+/// The read probe missed.
+pub extern "sysv64" fn read(cpu: *mut Cpu, address: u64, info: u32, host: u64) -> Answer {
+    guarded(cpu, LEAVE, |cpu| {
+        let info = AccessInfo(info);
+        let answer = check_canonical(cpu, address, info)
+            .and_then(|()| cpu.prepare_read(address, info.size()));
+        match answer {
+            Ok(value) => Answer { value, status: 1 },
+            Err(exception) => {
+                fault_at(cpu, host, exception);
+                LEAVE
+            }
+        }
+    })
+}
+
+/// The write probe missed.
+pub extern "sysv64" fn write(cpu: *mut Cpu, address: u64, info: u32, host: u64) -> Answer {
+    guarded(cpu, LEAVE, |cpu| {
+        let info = AccessInfo(info);
+        let answer = check_canonical(cpu, address, info)
+            .and_then(|()| cpu.prepare_write(address, info.size(), info.reads()));
+        match answer {
+            Ok(value) => {
+                let commit = !matches!(cpu.pending_write, crate::access::PendingWrite::None);
+                Answer { value, status: if commit { 3 } else { 1 } }
+            }
+            Err(exception) => {
+                fault_at(cpu, host, exception);
+                LEAVE
+            }
+        }
+    })
+}
+
+fn check_canonical(cpu: &Cpu, address: u64, info: AccessInfo) -> Result<(), Exception> {
+    let last = address.wrapping_add(info.size() as u64 - 1);
+    if !cpu.mode.is_64() || (cpu.canonical(address) && cpu.canonical(last)) {
+        return Ok(());
+    }
+    Err(if info.segment() == SegmentName::Ss { Exception::SS0 } else { Exception::GP0 })
+}
+
+/// Limit and type check of a segment that is not flat.
+pub extern "sysv64" fn segment(cpu: *mut Cpu, offset: u64, info: u32, host: u64) -> Answer {
+    guarded(cpu, LEAVE, |cpu| {
+        let info = AccessInfo(info);
+        match cpu.linear(info.segment(), offset, info.size() as u64, info.writes()) {
+            Ok(value) => Answer { value, status: 1 },
+            Err(exception) => {
+                fault_at(cpu, host, exception);
+                LEAVE
+            }
+        }
+    })
+}
+
+/// A store that must be carried further has been made. Returns 0 to leave the block after it.
+pub extern "sysv64" fn commit(cpu: *mut Cpu, host: u64) -> u32 {
+    guarded(cpu, 0, |cpu| {
+        if !cpu.commit_write() {
+            return 1;
+        }
+        cpu.take_host_flags_at(host);
+        cpu.rip = cpu.next_rip;
+        cpu.unpack_flags();
+        cpu.exit = exit::HELPER;
+        0
+    })
+}
+
+/// Executes one instruction in Rust. Returns 0 to leave the block.
+pub extern "sysv64" fn execute(cpu: *mut Cpu, insn: *const Instruction) -> u32 {
+    guarded(cpu, 0, |cpu| {
+        // SAFETY: translated code passes the address of an instruction in its own block's list,
+        // which is freed only by a flush of the code cache, from the run loop.
+        let insn = unsafe { &*insn };
+        cpu.rip = insn.ip();
+        cpu.next_rip = insn.next_ip() & cpu.ip_mask();
+        cpu.unpack_flags();
+        cpu.exit = exit::HELPER;
+        cpu.cache.touched = false;
+        let flow = match crate::near::handles(insn) {
+            true => crate::near::execute(cpu, insn),
+            false => crate::execute::execute(cpu, insn),
+        };
+        match flow {
+            Ok(Flow::Next) if !cpu.cache.touched => {
+                cpu.pack_flags();
+                return 1;
+            }
+            Ok(Flow::Next | Flow::Leave) => cpu.rip = cpu.next_rip,
+            Ok(Flow::Jump) => {}
+            Ok(Flow::Halt) => {
+                cpu.rip = cpu.next_rip;
+                cpu.lapic.mp = arch::MpState::Halted;
+            }
+            Err(exception) => crate::interrupt::deliver_exception(cpu, exception),
+        }
+        cpu.cache.touched = false;
+        0
+    })
+}

@@ -1,0 +1,409 @@
+//! The run loop of a vCPU: events between instructions, finding the next block, and what to do
+//! when translated code returns.
+#![allow(unsafe_code)]
+use crate::cache::BlockId;
+use crate::cpu::{Cpu, IoPointer, jump_slot};
+use crate::events;
+use crate::exception::Exception;
+use crate::fpu;
+use crate::lapic;
+use crate::signals::{self, AltStack, HostTimer, POLL_ATTRACT};
+use crate::thunks::{self, exit};
+use crate::vm::{Mailbox, Written, pending};
+use arch::registers::{rflags, vector};
+use arch::{GuestPhysical, MpState, SegmentName};
+use engine::{EngineError, Halt, VcpuIo};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// What polls load from while nobody wants the vCPU's attention.
+static POLL_QUIET: u32 = 0;
+
+/// Makes a vCPU that runs translated code leave it soon.
+pub fn attract(mailbox: &Mailbox) {
+    let poll = mailbox.poll.load(Ordering::SeqCst) as *const AtomicU64;
+    if !poll.is_null() {
+        // SAFETY: `Mailbox::poll` is the address of a word in a `CpuRegion`, which the VM keeps
+        // mapped as long as anybody can hold the mailbox.
+        unsafe { (*poll).store(POLL_ATTRACT, Ordering::SeqCst) };
+    }
+}
+
+/// A machine without devices, for the time when no machine is attached.
+struct Nothing;
+
+impl VcpuIo for Nothing {
+    fn pio_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, _: u16, _: &[u8]) {}
+    fn mmio_read(&self, _: GuestPhysical, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: GuestPhysical, _: &[u8]) {}
+    fn end_of_interrupt(&self, _: u8) {}
+    fn acknowledge_pic(&self) -> Option<u8> {
+        None
+    }
+}
+
+/// The machine of a running vCPU.
+pub fn io_of(cpu: &Cpu) -> &'static dyn VcpuIo {
+    match cpu.io {
+        // SAFETY: `run` sets the pointer from a reference that outlives it, and clears it before
+        // it returns; the reference made here is used within one helper of that run.
+        Some(IoPointer(io)) => unsafe { &*io },
+        None => &Nothing,
+    }
+}
+
+/// What a thread holds while it runs vCPUs.
+pub struct Thread {
+    _stack: AltStack,
+    timer: HostTimer,
+}
+
+/// Runs the guest until something ends it.
+///
+/// # Errors
+/// The engine cannot go on.
+pub fn run(cpu: &mut Cpu, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
+    let thread = Thread { _stack: AltStack::install(), timer: HostTimer::new()? };
+    // SAFETY: only the lifetime is changed; `io` is cleared again below, before `io` the
+    // reference ends.
+    let erased = unsafe {
+        std::mem::transmute::<*const (dyn VcpuIo + '_), *const (dyn VcpuIo + 'static)>(io)
+    };
+    cpu.io = Some(IoPointer(erased));
+    cpu.timer = Some(thread);
+    signals::bind(cpu, cpu.cache.range());
+    fpu::x87_from_area(cpu);
+    cpu.update_mode();
+    cpu.timer_changed();
+    let result = cycle(cpu);
+    fpu::x87_to_area(cpu);
+    signals::unbind();
+    cpu.timer = None;
+    cpu.io = None;
+    result
+}
+
+fn cycle(cpu: &mut Cpu) -> Result<Halt, EngineError> {
+    loop {
+        if let Some(defect) = cpu.defect.take() {
+            return Err(EngineError::Defect(defect));
+        }
+        if cpu.triple_fault {
+            cpu.triple_fault = false;
+            return Ok(Halt::TripleFault);
+        }
+        if cpu.attend() {
+            return Ok(Halt::Kicked);
+        }
+        if cpu.lapic.mp != MpState::Running {
+            cpu.wait();
+            continue;
+        }
+        if events::take_event(cpu) {
+            continue;
+        }
+        if cpu.mode.step() || cpu.mode.shadow() {
+            single(cpu)?;
+        } else {
+            stretch(cpu)?;
+        }
+    }
+}
+
+/// Runs translated code from `rip` on, following and linking its exits, until something else than
+/// the end of a block comes up.
+fn stretch(cpu: &mut Cpu) -> Result<(), EngineError> {
+    let Some(mut block) = find(cpu) else { return Ok(()) };
+    loop {
+        enter(cpu, block);
+        match cpu.exit {
+            exit::EDGE => {
+                let edge = cpu.exit_detail as u32;
+                let Some(target) = cpu.cache.edge_target(edge) else {
+                    return Err(EngineError::Defect(format!("no edge {edge}")));
+                };
+                cpu.rip = target & cpu.ip_mask();
+                cpu.unpack_flags();
+                let flushed = cpu.cache.next_numbers();
+                let Some(next) = find(cpu) else { return Ok(()) };
+                // A flush during translation renumbers everything.
+                if cpu.cache.next_numbers().0 >= flushed.0 {
+                    cpu.cache.link(edge, next, &mut cpu.cells);
+                }
+                block = next;
+            }
+            exit::INDIRECT => {
+                cpu.rip = cpu.exit_detail & cpu.ip_mask();
+                cpu.unpack_flags();
+                let Some(next) = find(cpu) else { return Ok(()) };
+                cache_jump(cpu, next);
+                block = next;
+            }
+            exit::SIGNAL => return signal(cpu),
+            _ => return Ok(()),
+        }
+        if cpu.poll.load(Ordering::Relaxed) == POLL_ATTRACT {
+            return Ok(());
+        }
+    }
+}
+
+/// Runs one instruction in step mode or in an interrupt shadow, with the debug traps that follow.
+fn single(cpu: &mut Cpu) -> Result<(), EngineError> {
+    let stepping = cpu.rflags & rflags::TF != 0;
+    let resume = cpu.rflags & rflags::RF != 0;
+    let quiet = cpu.sys.shadow_debug;
+    if cpu.mode.step() && !resume && !quiet {
+        let hits = cpu.execution_hits();
+        if hits != 0 {
+            crate::interrupt::deliver_exception(cpu, Exception::debug(hits));
+            return Ok(());
+        }
+    }
+    let Some(block) = find(cpu) else { return Ok(()) };
+    cpu.sys.shadow = false;
+    cpu.sys.shadow_debug = false;
+    cpu.rflags &= !rflags::RF;
+    cpu.update_mode();
+    cpu.faulted = false;
+    cpu.sys.debug_hits = 0;
+    enter(cpu, block);
+    match cpu.exit {
+        exit::EDGE => {
+            let target = cpu.cache.edge_target(cpu.exit_detail as u32);
+            cpu.rip = target.unwrap_or(cpu.rip) & cpu.ip_mask();
+            cpu.unpack_flags();
+        }
+        exit::INDIRECT => {
+            cpu.rip = cpu.exit_detail & cpu.ip_mask();
+            cpu.unpack_flags();
+        }
+        exit::SIGNAL => signal(cpu)?,
+        _ => {}
+    }
+    let mut hits = std::mem::take(&mut cpu.sys.debug_hits);
+    if stepping {
+        hits |= 1 << 14;
+    }
+    if hits != 0 && !cpu.faulted && !cpu.sys.shadow_debug {
+        crate::interrupt::deliver_exception(cpu, Exception::debug(hits));
+    }
+    Ok(())
+}
+
+/// The block at `rip`; faults of the fetch are delivered.
+fn find(cpu: &mut Cpu) -> Option<BlockId> {
+    let base = match cpu.mode.is_64() {
+        true => 0,
+        false => cpu.segment(SegmentName::Cs).base,
+    };
+    if base != cpu.jump_base {
+        // Links and jump caches hold offsets in CS, which now mean other addresses.
+        cpu.flush_jump_caches();
+        cpu.jump_base = base;
+    }
+    match cpu.block_at(cpu.rip) {
+        Ok(block) => Some(block),
+        Err(exception) => {
+            cpu.faulted = true;
+            crate::interrupt::deliver_exception(cpu, exception);
+            None
+        }
+    }
+}
+
+/// Makes indirect jumps find the block at `rip`.
+fn cache_jump(cpu: &mut Cpu, block: BlockId) {
+    let mmu = cpu.mode.mmu() as usize;
+    let Some(host) = cpu.cache.block(block).map(|b| b.saved_entry) else { return };
+    if cpu.jump_modes[mmu] != cpu.mode {
+        cpu.empty_jumps(mmu);
+        cpu.jump_modes[mmu] = cpu.mode;
+    }
+    let slot = jump_slot(cpu.rip);
+    cpu.jumps[mmu].pcs[slot] = cpu.rip;
+    cpu.jumps[mmu].hosts[slot] = host;
+}
+
+fn enter(cpu: &mut Cpu, block: BlockId) {
+    let mmu = cpu.mode.mmu() as usize;
+    if cpu.jump_modes[mmu] != cpu.mode {
+        cpu.empty_jumps(mmu);
+        cpu.jump_modes[mmu] = cpu.mode;
+    }
+    let Some(entry) = cpu.cache.block(block).map(|b| b.saved_entry) else { return };
+    cpu.pack_flags();
+    // SAFETY: `cpu` lies in its `CpuRegion` (made so by `SoftVcpu`), and the block is of the
+    // present mode's key and alive.
+    unsafe { thunks::enter(cpu, entry) };
+}
+
+/// A host signal stopped translated code: a poll, or a fault of the guest.
+fn signal(cpu: &mut Cpu) -> Result<(), EngineError> {
+    let host = cpu.exit_detail;
+    let trap = cpu.spill[2] as u8;
+    let Some(position) = cpu.take_host_flags_at(host + 1) else {
+        return Err(EngineError::Defect(format!("host trap {trap} at unknown code {host:#x}")));
+    };
+    cpu.unpack_flags();
+    if position.length == 0 {
+        // The prologue of a block: nothing but the poll faults there.
+        return Ok(());
+    }
+    let exception = match trap {
+        vector::DE => Exception::DIVIDE,
+        vector::UD => Exception::INVALID_OPCODE,
+        vector::NM => Exception::NO_FPU,
+        vector::GP => Exception::GP0,
+        vector::SS => Exception::SS0,
+        vector::MF => Exception::X87,
+        vector::XM => Exception::SIMD,
+        vector::AC => Exception::ALIGNMENT,
+        _ => {
+            return Err(EngineError::Defect(format!(
+                "host trap {trap} in the translation of guest address {:#x}",
+                cpu.rip
+            )));
+        }
+    };
+    cpu.faulted = true;
+    crate::interrupt::deliver_exception(cpu, exception);
+    Ok(())
+}
+
+impl Cpu {
+    /// Looks at what other threads posted; says whether to return to the machine.
+    fn attend(&mut self) -> bool {
+        self.poll.store(&raw const POLL_QUIET as u64, Ordering::SeqCst);
+        let vm = self.vm.clone();
+        let Some(mailbox) = vm.mailboxes.get(self.index as usize) else { return true };
+        let bits = mailbox.pending.load(Ordering::SeqCst);
+        if bits == 0 {
+            return false;
+        }
+        mailbox
+            .pending
+            .fetch_and(!(pending::KICK | pending::CODE | pending::GUARD), Ordering::SeqCst);
+        if bits & pending::GUARD != 0 {
+            self.stop_writing(mailbox);
+        }
+        if bits & pending::CODE != 0 {
+            self.hear_of_writes(mailbox);
+        }
+        if bits & pending::TIMER != 0
+            && let Some(thread) = &mut self.timer
+        {
+            thread.timer.armed = None;
+        }
+        events::poll(self);
+        self.timer_changed();
+        bits & pending::KICK != 0
+    }
+
+    /// Other vCPUs translate these pages: drop write access, and tell them once that is done.
+    fn stop_writing(&mut self, mailbox: &Mailbox) {
+        let pages = std::mem::take(&mut *mailbox.lock_guarded());
+        let vm = self.vm.clone();
+        for (page, who) in pages {
+            if let Some(ram) = vm.ram.page(page) {
+                self.tlb.forbid_writes(ram.host as u64);
+            }
+            if let Some(theirs) = vm.mailboxes.get(who as usize) {
+                theirs.lock_written().push(Written::Unsure(page));
+                theirs.post(pending::CODE);
+            }
+        }
+    }
+
+    fn hear_of_writes(&mut self, mailbox: &Mailbox) {
+        let written = std::mem::take(&mut *mailbox.lock_written());
+        for word in written {
+            match word {
+                Written::Range(start, len) => {
+                    self.drop_code(start, len);
+                }
+                Written::Unsure(page) => {
+                    self.verify_code(page);
+                    for entry in self.cache.unsure.iter_mut().filter(|e| e.0 == page) {
+                        entry.1 = entry.1.saturating_sub(1);
+                    }
+                    self.cache.unsure.retain(|e| e.1 > 0);
+                }
+            }
+        }
+    }
+
+    /// A serializing instruction: pages that others may have written unnoticed are compared now,
+    /// as cross-modifying code relies on (Intel SDM 3A 8.1.3).
+    pub fn serialize(&mut self) {
+        let vm = self.vm.clone();
+        if let Some(mailbox) = vm.mailboxes.get(self.index as usize)
+            && mailbox.pending.load(Ordering::SeqCst) & pending::CODE != 0
+        {
+            mailbox.pending.fetch_and(!pending::CODE, Ordering::SeqCst);
+            self.hear_of_writes(mailbox);
+        }
+        for (page, _) in self.cache.unsure.clone() {
+            self.verify_code(page);
+        }
+    }
+
+    /// Sleeps in HLT or while waiting for a start-up IPI.
+    fn wait(&mut self) {
+        if self.lapic.mp == MpState::Halted && events::can_wake(self) {
+            self.lapic.mp = MpState::Running;
+            return;
+        }
+        let now = Instant::now();
+        let deadline = match self.lapic.mp {
+            MpState::Halted => self.lapic.timer_deadline(),
+            _ => None,
+        };
+        let timeout = deadline.map(|d| d.saturating_duration_since(now));
+        if timeout.is_some_and(|t| t.is_zero()) {
+            lapic::timer_expired(self, now);
+            return;
+        }
+        let vm = self.vm.clone();
+        if let Some(mailbox) = vm.mailboxes.get(self.index as usize) {
+            mailbox.sleep(timeout);
+        }
+    }
+
+    /// The LAPIC timer's deadline changed: arms the host's timer if it is to fire earlier than it
+    /// would. A timer that fires too early does no harm.
+    pub fn timer_changed(&mut self) {
+        let Some(deadline) = self.lapic.timer_deadline() else { return };
+        let Some(thread) = &mut self.timer else { return };
+        if thread.timer.armed.is_none_or(|armed| deadline < armed) {
+            thread.timer.arm(deadline.saturating_duration_since(Instant::now()), deadline);
+        }
+    }
+
+    /// Enabled instruction breakpoints that the next instruction hits, as DR6 bits.
+    fn execution_hits(&self) -> u64 {
+        let Ok(address) = self.code_address(self.rip) else { return 0 };
+        let dr7 = self.sys.debug[5];
+        (0..4)
+            .filter(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0)
+            .filter(|&n| self.sys.debug[n as usize] == address)
+            .fold(0, |hits, n| hits | 1 << n)
+    }
+
+    /// `rflags` gets the arithmetic flags of `raw_flags`.
+    pub fn unpack_flags(&mut self) {
+        let high = self.raw_flags >> 8 & 0xd5;
+        let overflow = (self.raw_flags & 1) << 11;
+        self.rflags = (self.rflags & !rflags::ARITHMETIC) | high | overflow;
+    }
+
+    /// `raw_flags` gets the arithmetic flags of `rflags`.
+    pub fn pack_flags(&mut self) {
+        self.raw_flags = (self.rflags & 0xd5) << 8 | (self.rflags >> 11 & 1);
+    }
+}

@@ -1,0 +1,471 @@
+//! What the translator does with each kind of guest instruction.
+//!
+//! The rule is a whitelist: an instruction runs natively only if the guest's CPUID offers all that
+//! it needs, its one memory operand (if any) is explicit and of known size, and it is neither
+//! privileged nor able to show the host's state. Everything else goes to `execute`, which raises
+//! #UD for what the guest's CPU does not have.
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+    InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
+};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// The treatment of an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Class {
+    /// Runs as it is, registers renamed and its memory operand, if any, redirected.
+    Native = 1,
+    /// Native, and touches XMM, YMM or MXCSR.
+    NativeVector,
+    /// Does nothing: NOPs, prefetches, ENDBR, CLD/STD already in force.
+    Nothing,
+    /// LEA.
+    Lea,
+    /// MOV between AL/AX/EAX/RAX and an absolute offset.
+    MovOffset,
+    /// BT, BTS, BTR or BTC with a register bit offset into memory.
+    BitString,
+    /// PUSH of a register or immediate.
+    Push,
+    /// PUSH of memory.
+    PushMemory,
+    /// POP of a register.
+    Pop,
+    /// LEAVE.
+    Leave,
+    /// Near direct JMP.
+    Jump,
+    /// Jcc.
+    Branch,
+    /// LOOPcc, JRCXZ.
+    LoopBranch,
+    /// Near direct CALL.
+    Call,
+    /// Near indirect JMP.
+    JumpIndirect,
+    /// Near indirect CALL.
+    CallIndirect,
+    /// Near RET.
+    Return,
+    /// RDTSC where the mode allows it at all levels.
+    ReadTsc,
+    /// A Rust helper; the block goes on after it.
+    Helper,
+    /// A Rust helper after which the block ends.
+    HelperEnd,
+}
+
+static CLASSES: [AtomicU8; 16384] = [const { AtomicU8::new(0) }; 16384];
+
+/// Classifies an instruction; the answer depends on its code and on whether it has a memory
+/// operand.
+pub fn classify(insn: &Instruction) -> Class {
+    let memory = has_memory(insn);
+    let slot = (insn.code() as usize) << 1 | usize::from(memory);
+    // Code has fewer than 6,000 values today; what does not fit is computed each time.
+    let Some(cell) = CLASSES.get(slot) else { return compute(insn, memory) };
+    if let Some(class) = decode(cell.load(Ordering::Relaxed)) {
+        return class;
+    }
+    let class = compute(insn, memory);
+    cell.store(class as u8, Ordering::Relaxed);
+    class
+}
+
+fn decode(value: u8) -> Option<Class> {
+    use Class::*;
+    const ALL: [Class; 20] = [
+        Native,
+        NativeVector,
+        Nothing,
+        Lea,
+        MovOffset,
+        BitString,
+        Push,
+        PushMemory,
+        Pop,
+        Leave,
+        Jump,
+        Branch,
+        LoopBranch,
+        Call,
+        JumpIndirect,
+        CallIndirect,
+        Return,
+        ReadTsc,
+        Helper,
+        HelperEnd,
+    ];
+    ALL.get(usize::from(value).wrapping_sub(1)).copied()
+}
+
+/// Whether the instruction has an explicit memory operand.
+pub fn has_memory(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory)
+}
+
+fn compute(insn: &Instruction, memory: bool) -> Class {
+    use Mnemonic as M;
+    if insn.code() == Code::INVALID || !offered(insn) {
+        return Class::HelperEnd;
+    }
+    if insn.flow_control() != FlowControl::Next {
+        return control_flow(insn);
+    }
+    match insn.mnemonic() {
+        M::Nop
+        | M::Endbr32
+        | M::Endbr64
+        | M::Prefetch
+        | M::Prefetchw
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchwt1
+        | M::Reservednop => Class::Nothing,
+        M::Lea => Class::Lea,
+        M::Push => push(insn, memory),
+        M::Pop if !memory && insn.op0_register().is_gpr() => Class::Pop,
+        M::Leave => Class::Leave,
+        M::Bt | M::Bts | M::Btr | M::Btc if memory && insn.op_kind(1) == OpKind::Register => {
+            Class::BitString
+        }
+        M::Mov if is_offset_move(insn) => Class::MovOffset,
+        M::Mov if (0..2).any(|i| is_special_register(insn, i)) => Class::HelperEnd,
+        M::Rdtsc => Class::ReadTsc,
+        _ if ends_block(insn.mnemonic()) => Class::HelperEnd,
+        _ if needs_helper(insn, memory) => Class::Helper,
+        _ if uses_vectors(insn) => Class::NativeVector,
+        _ => Class::Native,
+    }
+}
+
+fn push(insn: &Instruction, memory: bool) -> Class {
+    if memory {
+        Class::PushMemory
+    } else if insn.op_kind(0) == OpKind::Register && !insn.op0_register().is_gpr() {
+        Class::Helper
+    } else {
+        Class::Push
+    }
+}
+
+fn control_flow(insn: &Instruction) -> Class {
+    use FlowControl as F;
+    let near = insn.is_jmp_short_or_near()
+        || insn.is_jcc_short_or_near()
+        || insn.is_call_near()
+        || insn.is_jmp_near_indirect()
+        || insn.is_call_near_indirect();
+    match insn.flow_control() {
+        F::UnconditionalBranch if near => Class::Jump,
+        F::ConditionalBranch if near => Class::Branch,
+        F::ConditionalBranch if insn.is_loop() || insn.is_loopcc() || insn.is_jcx_short() => {
+            Class::LoopBranch
+        }
+        F::Call if near => Class::Call,
+        F::IndirectBranch if near => Class::JumpIndirect,
+        F::IndirectCall if near => Class::CallIndirect,
+        F::Return if insn.mnemonic() == Mnemonic::Ret => Class::Return,
+        _ => Class::HelperEnd,
+    }
+}
+
+/// Helpers after which the next instruction is looked up anew: they may change the mode, the
+/// translations, or whether interrupts are taken.
+fn ends_block(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Sti
+            | M::Cli
+            | M::Popf
+            | M::Popfd
+            | M::Popfq
+            | M::Stac
+            | M::Clac
+            | M::Std
+            | M::Cld
+            | M::Hlt
+            | M::Lmsw
+            | M::Clts
+            | M::Invlpg
+            | M::Invpcid
+            | M::Wrmsr
+            | M::Xsetbv
+            | M::Lgdt
+            | M::Lidt
+            | M::Lldt
+            | M::Ltr
+            | M::Lds
+            | M::Les
+            | M::Lfs
+            | M::Lgs
+            | M::Lss
+            | M::Swapgs
+            | M::Wbinvd
+            | M::Invd
+            | M::Cpuid
+            | M::Mwait
+            | M::Monitor
+    )
+}
+
+/// Whether the instruction's operand `i` is a segment, control, debug or test register.
+fn is_special_register(insn: &Instruction, i: u32) -> bool {
+    let r = insn.op_register(i);
+    insn.op_kind(i) == OpKind::Register
+        && (r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr())
+}
+
+fn is_offset_move(insn: &Instruction) -> bool {
+    matches!(
+        insn.code(),
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_RAX_moffs64
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+            | Code::Mov_moffs64_RAX
+    )
+}
+
+fn needs_helper(insn: &Instruction, memory: bool) -> bool {
+    use Mnemonic as M;
+    if insn.is_privileged()
+        || insn.is_string_instruction()
+        || insn.is_save_restore_instruction()
+        || insn.is_vsib()
+        || insn.is_stack_instruction()
+        || (0..insn.op_count()).any(|i| is_special_register(insn, i))
+    {
+        return true;
+    }
+    if matches!(
+        insn.mnemonic(),
+        M::In
+            | M::Out
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Rdtscp
+            | M::Rdpid
+            | M::Rdpmc
+            | M::Xgetbv
+            | M::Rdfsbase
+            | M::Rdgsbase
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Enter
+            | M::Bound
+            | M::Arpl
+            | M::Aaa
+            | M::Aad
+            | M::Aam
+            | M::Aas
+            | M::Daa
+            | M::Das
+            | M::Salc
+            | M::Xlatb
+            | M::Pushf
+            | M::Pushfd
+            | M::Pushfq
+            | M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Fnstenv
+            | M::Fstenv
+            | M::Fldenv
+            | M::Fnsave
+            | M::Fsave
+            | M::Frstor
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Fstdw
+            | M::Fstsg
+    ) {
+        return true;
+    }
+    let size = insn.memory_size().size();
+    if memory {
+        return size == 0 || size > 64;
+    }
+    // Without an explicit memory operand there must be no implicit one.
+    !InstructionInfoFactory::new().info(insn).used_memory().is_empty()
+}
+
+/// Whether XMM, YMM or MXCSR are read or written.
+fn uses_vectors(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    if matches!(insn.encoding(), EncodingKind::VEX) {
+        // BMI instructions are VEX-encoded but know only general registers; none of them is hurt
+        // by being taken for a vector instruction except in speed.
+        return !(0..insn.op_count())
+            .all(|i| insn.op_kind(i) != OpKind::Register || insn.op_register(i).is_gpr())
+            || matches!(insn.mnemonic(), M::Vzeroupper | M::Vzeroall | M::Vldmxcsr | M::Vstmxcsr);
+    }
+    matches!(insn.mnemonic(), M::Ldmxcsr | M::Stmxcsr)
+        || (0..insn.op_count()).any(|i| {
+            insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_vector_register()
+        })
+}
+
+/// Whether the guest's CPU has the instruction.
+fn offered(insn: &Instruction) -> bool {
+    if matches!(
+        insn.encoding(),
+        EncodingKind::EVEX | EncodingKind::XOP | EncodingKind::D3NOW | EncodingKind::MVEX
+    ) {
+        return false;
+    }
+    insn.cpuid_features().iter().all(|f| feature_offered(*f))
+}
+
+fn feature_offered(feature: CpuidFeature) -> bool {
+    use CpuidFeature as F;
+    macro_rules! host {
+        ($name:tt) => {
+            std::arch::is_x86_feature_detected!($name)
+        };
+    }
+    match feature {
+        F::INTEL8086
+        | F::INTEL8086_ONLY
+        | F::INTEL186
+        | F::INTEL286
+        | F::INTEL286_ONLY
+        | F::INTEL386
+        | F::INTEL386_ONLY
+        | F::INTEL386_A0_ONLY
+        | F::INTEL486
+        | F::INTEL486_A_ONLY
+        | F::X64
+        | F::CPUID
+        | F::CX8
+        | F::CMOV
+        | F::FPU
+        | F::FPU287
+        | F::FPU387
+        | F::FXSR
+        | F::MMX
+        | F::MSR
+        | F::SEP
+        | F::SYSCALL
+        | F::TSC
+        | F::SSE
+        | F::SSE2
+        | F::PAUSE
+        | F::MULTIBYTENOP
+        | F::CLFSH
+        | F::PREFETCHW
+        | F::RDPMC
+        | F::SMM
+        | F::RDTSCP
+        | F::CET_IBT
+        | F::SMAP
+        | F::INVPCID => true,
+        F::SSE3 => host!("sse3"),
+        F::SSSE3 => host!("ssse3"),
+        F::SSE4_1 => host!("sse4.1"),
+        F::SSE4_2 => host!("sse4.2"),
+        F::SSE4A => host!("sse4a"),
+        F::POPCNT => host!("popcnt"),
+        F::LZCNT => host!("lzcnt"),
+        F::AES => host!("aes"),
+        F::PCLMULQDQ => host!("pclmulqdq"),
+        F::SHA => host!("sha"),
+        F::MOVBE => host!("movbe"),
+        F::RDRAND => host!("rdrand"),
+        F::RDSEED => host!("rdseed"),
+        F::ADX => host!("adx"),
+        F::BMI1 => host!("bmi1"),
+        F::BMI2 => host!("bmi2"),
+        F::CMPXCHG16B => host!("cmpxchg16b"),
+        F::AVX => host!("avx"),
+        F::AVX2 => host!("avx2"),
+        F::FMA => host!("fma"),
+        F::F16C => host!("f16c"),
+        F::GFNI => host!("gfni"),
+        F::VAES => host!("vaes"),
+        F::VPCLMULQDQ => host!("vpclmulqdq"),
+        F::XSAVE => host!("xsave"),
+        F::XSAVEOPT => host!("xsaveopt"),
+        F::XSAVEC => host!("xsavec"),
+        F::FSGSBASE | F::RDPID | F::CLFLUSHOPT | F::CLWB => true,
+        _ => false,
+    }
+}
+
+/// How the instruction uses its explicit memory operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Operand {
+    /// Bytes, 1 to 64.
+    pub size: u32,
+    /// Whether the operand is read.
+    pub reads: bool,
+    /// Whether the operand is written (perhaps only on a condition).
+    pub writes: bool,
+}
+
+/// Looks up operand use; one for each translator.
+pub struct Operands {
+    factory: InstructionInfoFactory,
+}
+
+impl Default for Operands {
+    fn default() -> Self {
+        Self { factory: InstructionInfoFactory::new() }
+    }
+}
+
+impl Operands {
+    /// The accesses of the instruction's explicit operands, by operand number.
+    pub fn accesses(&mut self, insn: &Instruction) -> [OpAccess; 5] {
+        let options =
+            InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+        let info = self.factory.info_options(insn, options);
+        std::array::from_fn(|i| {
+            if i < insn.op_count() as usize { info.op_access(i as u32) } else { OpAccess::None }
+        })
+    }
+
+    /// The memory operand, if there is one that is accessed.
+    pub fn memory(&mut self, insn: &Instruction) -> Option<Operand> {
+        let i = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)?;
+        let access = self.accesses(insn)[i as usize];
+        let (reads, writes) = (reads(access), writes(access));
+        (reads || writes).then_some(Operand {
+            size: insn.memory_size().size() as u32,
+            reads,
+            writes,
+        })
+    }
+}
+
+/// Whether an access reads.
+pub fn reads(access: OpAccess) -> bool {
+    use OpAccess as A;
+    matches!(access, A::Read | A::CondRead | A::ReadWrite | A::ReadCondWrite | A::CondWrite)
+}
+
+/// Whether an access writes.
+pub fn writes(access: OpAccess) -> bool {
+    use OpAccess as A;
+    matches!(access, A::Write | A::CondWrite | A::ReadWrite | A::ReadCondWrite)
+}

@@ -1,0 +1,281 @@
+//! Reading and decoding guest code, and looking ahead for live flags.
+#![allow(unsafe_code)]
+use super::classify::{Class, classify};
+use super::flags::{self, ALL, Flags};
+use super::{Step, helped, successor};
+use crate::cache::{Key, Source};
+use crate::cpu::Cpu;
+use crate::emit::control::Successor;
+use crate::exception::Exception;
+use crate::mode::Mode;
+use crate::ram::Ram;
+use arch::SegmentName;
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
+
+/// Instructions in a block at most.
+const MAX_STEPS: usize = 48;
+/// How far beyond a block's end liveness looks: instructions along one path, and branches.
+const LOOK_AHEAD: u32 = 8;
+const LOOK_BRANCHES: u32 = 2;
+/// Longest instruction (Intel SDM 2A 2.3.11).
+const MAX_LENGTH: usize = 15;
+
+/// A decoded straight run.
+pub struct Run {
+    /// Its instructions.
+    pub steps: Vec<Step>,
+    /// Bytes, from the block's first.
+    pub len: usize,
+    /// Guest-physical address of the second page where the only instruction crosses.
+    pub second_page: Option<u64>,
+    /// The next instruction in sequence.
+    pub next: Successor,
+    /// Target of the direct jump or call at the end.
+    pub target: Option<Successor>,
+    /// Bytes that liveness depends on.
+    pub looked_at: Vec<Source>,
+    pc: u64,
+}
+
+impl Run {
+    /// Whether the end of the run could lead back to itself without passing another poll: direct
+    /// jumps backwards, and all indirect ones.
+    pub fn may_loop(&self, last: &Step) -> bool {
+        match last.class {
+            Class::Return | Class::JumpIndirect | Class::CallIndirect => true,
+            _ => self.target.is_some_and(|t| t.pc <= last.insn.ip()) || self.next.pc <= self.pc,
+        }
+    }
+}
+
+/// Copies guest-physical bytes that lie within one page of RAM.
+pub fn copy(ram: &Ram, start: u64, to: &mut [u8]) -> Option<()> {
+    let from = ram.bytes(start, to.len())?;
+    // SAFETY: `bytes` vouches for the range; guest memory may change while it is read, and any
+    // bytes will do: they are decoded from the copy only.
+    unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+    Some(())
+}
+
+/// What the look-ahead needs of its surroundings.
+struct Ahead<'a> {
+    ram: &'a Ram,
+    mode: Mode,
+    /// The page of the block: guest address and guest-physical address.
+    page: (u64, u64),
+    /// Bytes looked at.
+    seen: Vec<Source>,
+    budget: u32,
+}
+
+impl Cpu {
+    /// Decodes the run at `key`, whose linear address is `linear`.
+    ///
+    /// # Errors
+    /// #PF of the second page of a crossing instruction, #GP(0) past the limit of the segment.
+    pub(super) fn fetch_run(&mut self, key: Key, linear: u64) -> Result<Run, Exception> {
+        let left = 4096 - (key.physical & 0xfff) as usize;
+        let mut bytes = [0xff; 4096 + MAX_LENGTH];
+        let mut available = left;
+        // Where there is no RAM, fetches read as ones: an invalid opcode.
+        let _ = copy(&self.vm.ram, key.physical, &mut bytes[..left]);
+        let one = key.mode.step() || key.mode.shadow();
+        let limit = if one { 1 } else { MAX_STEPS };
+        let mut second_page = None;
+        let (steps, len) = match self.decode(key, &bytes[..available], limit) {
+            Ok(run) => run,
+            Err(_) => {
+                // The first instruction goes on in the next page.
+                let next = (linear | 0xfff).wrapping_add(1) & self.address_mask();
+                let physical = self.translate_fetch(next)?;
+                let tail = &mut bytes[left..left + MAX_LENGTH];
+                let _ = copy(&self.vm.ram, physical & !0xfff, tail);
+                available = left + MAX_LENGTH;
+                second_page = Some(physical & !0xfff);
+                self.decode(key, &bytes[..available], 1).map_err(|()| Exception::GP0)?
+            }
+        };
+        self.check_limit(&steps)?;
+        Ok(self.finish_run(key, steps, len, second_page))
+    }
+
+    /// An instruction that reaches past the code segment's limit faults (Intel SDM 3A 5.3).
+    fn check_limit(&self, steps: &[Step]) -> Result<(), Exception> {
+        let limit = u64::from(self.segment(SegmentName::Cs).limit);
+        let Some(first) = steps.first() else { return Err(Exception::GP0) };
+        let last = first.insn.ip() + first.insn.len() as u64 - 1;
+        if !self.mode.is_64() && last > limit { Err(Exception::GP0) } else { Ok(()) }
+    }
+
+    /// Decodes up to `limit` instructions; an error means that the first one is cut off.
+    fn decode(&self, key: Key, bytes: &[u8], limit: usize) -> Result<(Vec<Step>, usize), ()> {
+        let mode = key.mode;
+        let mut decoder = Decoder::with_ip(mode.code().bits(), bytes, key.pc, DecoderOptions::NONE);
+        let mut steps = Vec::with_capacity(16);
+        let mut len = 0;
+        let cs_limit = u64::from(self.segment(SegmentName::Cs).limit);
+        while steps.len() < limit && decoder.can_decode() {
+            let insn = decoder.decode();
+            if decoder.last_error() == DecoderError::NoMoreBytes {
+                if steps.is_empty() && bytes.len() < MAX_LENGTH {
+                    return Err(());
+                }
+                if steps.is_empty() {
+                    // 15 bytes and still not whole: too long.
+                    let mut invalid = Instruction::default();
+                    invalid.set_len(1);
+                    invalid.set_next_ip(key.pc + 1);
+                    steps.push(step(invalid, Class::HelperEnd));
+                }
+                break;
+            }
+            let end = insn.ip() + insn.len() as u64 - 1;
+            if !mode.is_64() && !steps.is_empty() && end > cs_limit {
+                break;
+            }
+            let class = refine(&insn, mode);
+            len = insn.next_ip().wrapping_sub(key.pc) as usize & 0xffff;
+            steps.push(step(insn, class));
+            if ends(class) || helped(class, &insn, mode) && super::is_transfer(class) {
+                break;
+            }
+        }
+        Ok((steps, len))
+    }
+
+    fn finish_run(
+        &self,
+        key: Key,
+        mut steps: Vec<Step>,
+        len: usize,
+        second_page: Option<u64>,
+    ) -> Run {
+        let vm = self.vm.clone();
+        let mask = self.ip_mask();
+        let page = (key.pc & !0xfff, key.physical & !0xfff);
+        // In segments whose base is not page-aligned, guest addresses and pages do not go together.
+        let aligned = (key.pc ^ key.physical) & 0xfff == 0;
+        let mut ahead = Ahead { ram: &vm.ram, mode: key.mode, page, seen: Vec::new(), budget: 24 };
+        let near = |pc: u64| aligned && second_page.is_none() && pc & !0xfff == page.0;
+        let last = steps.last().copied();
+        let next_pc = last.map_or(key.pc, |s| s.insn.next_ip() & mask);
+        let direct = last.filter(|s| {
+            matches!(s.class, Class::Jump | Class::Branch | Class::LoopBranch | Class::Call)
+                && !helped(s.class, &s.insn, key.mode)
+        });
+        let target_pc = direct.map(|s| s.insn.near_branch_target() & mask);
+        let mut live = |pc: u64| {
+            if near(pc) { ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES) } else { ALL }
+        };
+        let target = target_pc.map(|pc| successor(pc, live(pc), near(pc)));
+        let falls =
+            last.is_none_or(|s| !matches!(s.class, Class::Jump | Class::Call)) || direct.is_none();
+        let next_live = if falls { live(next_pc) } else { 0 };
+        let next = successor(next_pc, next_live, near(next_pc));
+        let mut flow = live_out(last.as_ref(), &next, target.as_ref(), key.mode);
+        for step in steps.iter_mut().rev() {
+            step.live_after = flow;
+            flow = flags::live_before(step.effect, flow);
+            step.live_before = flow;
+        }
+        Run { steps, len, second_page, next, target, looked_at: ahead.seen, pc: key.pc }
+    }
+}
+
+fn step(insn: Instruction, class: Class) -> Step {
+    let effect = flags::effect(&insn, class);
+    Step { insn, class, effect, live_before: ALL, live_after: ALL }
+}
+
+/// The class of an instruction, given the mode.
+fn refine(insn: &Instruction, mode: Mode) -> Class {
+    match (classify(insn), insn.code()) {
+        (_, Code::Cld) if !mode.down() => Class::Nothing,
+        (_, Code::Std) if mode.down() => Class::Nothing,
+        (class, _) => class,
+    }
+}
+
+fn ends(class: Class) -> bool {
+    super::is_transfer(class) || class == Class::HelperEnd
+}
+
+fn live_out(
+    last: Option<&Step>,
+    next: &Successor,
+    target: Option<&Successor>,
+    mode: Mode,
+) -> Flags {
+    let Some(last) = last else { return ALL };
+    if helped(last.class, &last.insn, mode) {
+        return ALL;
+    }
+    match last.class {
+        Class::Return | Class::JumpIndirect | Class::CallIndirect => ALL,
+        Class::Jump | Class::Call => target.map_or(ALL, |t| t.live),
+        Class::Branch | Class::LoopBranch => next.live | target.map_or(ALL, |t| t.live),
+        _ => next.live,
+    }
+}
+
+impl Ahead<'_> {
+    /// Flags that are live at `pc`, found by decoding a few instructions from there on the same
+    /// page; what cannot be seen counts as live.
+    fn live(&mut self, pc: u64, steps: u32, branches: u32) -> Flags {
+        let mut known_dead: Flags = 0;
+        let mut needed: Flags = 0;
+        let mut bytes = [0; 64];
+        let offset = pc.wrapping_sub(self.page.0);
+        if offset >= 4096 {
+            return ALL;
+        }
+        let available = (4096 - offset as usize).min(bytes.len());
+        let Some(window) = bytes.get_mut(..available) else { return ALL };
+        if copy(self.ram, self.page.1 + offset, window).is_none() {
+            return ALL;
+        }
+        let mut decoder =
+            Decoder::with_ip(self.mode.code().bits(), window, pc, DecoderOptions::NONE);
+        for _ in 0..steps {
+            if self.budget == 0 || !decoder.can_decode() {
+                break;
+            }
+            self.budget -= 1;
+            let insn = decoder.decode();
+            if insn.is_invalid() {
+                break;
+            }
+            let class = refine(&insn, self.mode);
+            let effect = flags::effect(&insn, class);
+            let helper = helped(class, &insn, self.mode);
+            needed |= if helper { ALL } else { effect.reads } & !known_dead;
+            known_dead |= effect.kills;
+            if known_dead | needed == ALL {
+                break;
+            }
+            if ends(class) || helper {
+                needed |= self.live_at_end(&insn, class, branches) & !known_dead;
+                known_dead = ALL;
+                break;
+            }
+        }
+        let len = decoder.position() as u16;
+        self.seen.push(Source { start: self.page.1 + offset, len });
+        needed | (ALL & !known_dead & !needed)
+    }
+
+    fn live_at_end(&mut self, insn: &Instruction, class: Class, branches: u32) -> Flags {
+        if branches == 0 {
+            return ALL;
+        }
+        let target = insn.near_branch_target();
+        match class {
+            Class::Jump | Class::Call => self.live(target, LOOK_AHEAD, branches - 1),
+            Class::Branch => {
+                self.live(target, LOOK_AHEAD, branches - 1)
+                    | self.live(insn.next_ip(), LOOK_AHEAD, branches - 1)
+            }
+            _ => ALL,
+        }
+    }
+}
