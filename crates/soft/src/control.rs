@@ -25,7 +25,9 @@ fn fault_if(bad: bool) -> Result<(), Exception> {
     if bad { Err(Exception::GP0) } else { Ok(()) }
 }
 
+/// Ends an instruction that changed the mode; all of them serialize (Intel SDM 3A 9.3).
 fn leave(cpu: &mut Cpu) -> Done {
+    cpu.serialize();
     cpu.update_mode();
     Ok(Flow::Leave)
 }
@@ -236,6 +238,7 @@ pub(crate) fn invlpg(cpu: &mut Cpu, insn: &Instruction) -> Done {
     if !cpu.long_mode() || cpu.canonical(address) {
         cpu.flush_tlb_page(address);
     }
+    cpu.serialize();
     Ok(Flow::Leave)
 }
 

@@ -57,7 +57,8 @@ fn dispatch(cpu: &mut Cpu, insn: &Instruction) -> Done {
         M::Clts => control::clts(cpu),
         M::Invd | M::Wbinvd | M::Wbnoinvd => {
             cpu.need_cpl0()?;
-            Ok(Flow::Next)
+            cpu.serialize();
+            Ok(Flow::Leave)
         }
         M::Invlpg => control::invlpg(cpu, insn),
         M::Invpcid => control::invpcid(cpu, insn),
@@ -67,7 +68,8 @@ fn dispatch(cpu: &mut Cpu, insn: &Instruction) -> Done {
         M::Rdtsc | M::Rdtscp | M::Rdpid => control::time_stamp(cpu, insn),
         M::Cpuid => {
             cpuid::execute(cpu);
-            Ok(Flow::Next)
+            cpu.serialize();
+            Ok(Flow::Leave)
         }
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => syscall::segment_base(cpu, insn),
         M::Swapgs => syscall::swapgs(cpu),

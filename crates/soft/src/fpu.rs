@@ -133,13 +133,12 @@ pub fn x87_to_area(cpu: &mut Cpu) {
 /// Copies the x87 registers from `cpu.area` to the host's FPU; the host's XMM registers stay.
 pub fn x87_from_area(cpu: &mut Cpu) {
     let mut image = Image([0; 1024]);
-    let at = image.0.as_mut_ptr();
     // SAFETY: the image is aligned and large enough. XRSTOR with mask 1 loads the x87 component
     // alone, from a valid header; FXRSTOR loads what FXSAVE stored but for the x87 part. Rust
     // code keeps nothing in x87 registers.
     unsafe {
         if !host_xsave() {
-            asm!("fxsave64 [{}]", in(reg) at, options(nostack));
+            asm!("fxsave64 [{}]", in(reg) image.0.as_mut_ptr(), options(nostack));
         }
         let area = &cpu.area.0;
         image.0[0..MXCSR].copy_from_slice(&area[0..MXCSR]);
@@ -147,9 +146,10 @@ pub fn x87_from_area(cpu: &mut Cpu) {
         if host_xsave() {
             image.0[MXCSR..MXCSR + 4].copy_from_slice(&0x1f80u32.to_le_bytes());
             image.0[512] = 1;
+            let at = image.0.as_ptr();
             asm!("xrstor64 [{}]", in(reg) at, in("eax") 1, in("edx") 0, options(nostack));
         } else {
-            asm!("fxrstor64 [{}]", in(reg) at, options(nostack));
+            asm!("fxrstor64 [{}]", in(reg) image.0.as_ptr(), options(nostack));
         }
     }
 }

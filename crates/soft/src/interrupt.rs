@@ -134,6 +134,8 @@ pub fn software_interrupt(cpu: &mut Cpu, vector: u8, checked: bool) -> Result<()
 }
 
 fn deliver(cpu: &mut Cpu, event: Event) -> Result<(), Exception> {
+    // The handler starts without a single-step trap for what led to it.
+    cpu.faulted = true;
     if cpu.sys.cr0 & arch::registers::cr0::PE == 0 {
         return real_mode(cpu, event);
     }

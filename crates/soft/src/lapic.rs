@@ -7,7 +7,6 @@ use arch::{LapicState, MpState};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-pub use crate::events::{can_wake, poll, take_event};
 pub use crate::routing::route_msi;
 
 /// Numbers of the registers: offset in the xAPIC page divided by 16.

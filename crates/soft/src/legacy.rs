@@ -22,7 +22,7 @@ fn byte_flags(value: u8) -> u64 {
     if value == 0 {
         bits |= rflags::ZF;
     }
-    if value.count_ones() % 2 == 0 {
+    if value.count_ones().is_multiple_of(2) {
         bits |= rflags::PF;
     }
     bits
@@ -82,7 +82,7 @@ pub(crate) fn bcd(cpu: &mut Cpu, insn: &Instruction) -> Done {
                 return Err(Exception::DIVIDE);
             }
             let al = ax & 0xff;
-            let ax = (al / base) << 8 | al % base;
+            let ax = ((al / base) << 8) | (al % base);
             (ax, byte_flags(ax as u8))
         }
         _ => {
@@ -197,7 +197,7 @@ mod tests {
 
     /// The value 0–99 as packed decimal.
     fn packed(n: u8) -> u8 {
-        n / 10 << 4 | n % 10
+        ((n / 10) << 4) | (n % 10)
     }
 
     /// AF and CF of an 8-bit addition or subtraction.

@@ -2,7 +2,6 @@
 //! addresses, and values in memory.
 use crate::cpu::Cpu;
 use crate::exception::Exception;
-use crate::mode::CodeSize;
 use arch::SegmentName;
 use iced_x86::{Instruction, OpKind, Register};
 
@@ -27,11 +26,6 @@ pub(crate) fn segment_name(register: Register) -> SegmentName {
         Register::GS => SegmentName::Gs,
         _ => SegmentName::Ds,
     }
-}
-
-/// Bytes of the address that a stack access of this code width counts with.
-pub(crate) fn pointer_bytes(code: CodeSize) -> usize {
-    code.bits() as usize / 8
 }
 
 /// Number of a general register and the shift of its part (8 for AH, CH, DH and BH).

@@ -82,10 +82,10 @@ fn matches(apic: &ApicIdentity, message: &Message) -> bool {
 
 fn deliver(mailbox: &Mailbox, message: &Message) {
     match message.mode {
-        mode::FIXED | mode::LOWEST => {
-            if message.vector >= 16 && mailbox.apic.enabled.load(Ordering::SeqCst) {
-                mailbox.request(message.vector, message.level);
-            }
+        mode::FIXED | mode::LOWEST
+            if message.vector >= 16 && mailbox.apic.enabled.load(Ordering::SeqCst) =>
+        {
+            mailbox.request(message.vector, message.level);
         }
         mode::NMI => mailbox.post(pending::NMI),
         mode::INIT if message.assert || !message.level => mailbox.post(pending::INIT),

@@ -242,7 +242,7 @@ pub(crate) fn compare(cpu: &mut Cpu, left: u64, right: u64, size: usize) {
     let mut flags = 0;
     let mut set = |on: bool, bit: u64| flags |= if on { bit } else { 0 };
     set(left < right, rflags::CF);
-    set((result as u8).count_ones() % 2 == 0, rflags::PF);
+    set((result as u8).count_ones().is_multiple_of(2), rflags::PF);
     set((left ^ right ^ result) & 0x10 != 0, rflags::AF);
     set(result == 0, rflags::ZF);
     set(sign_extend(result, size) >> 63 != 0, rflags::SF);

@@ -336,6 +336,7 @@ pub(crate) fn iret(cpu: &mut Cpu, insn: &Instruction) -> Done {
     if cpu.rflags & rflags::VM != 0 && iopl(cpu) < 3 {
         return Err(Exception::GP0);
     }
+    cpu.serialize();
     if cpu.mode.real_segments() {
         return iret_real(cpu, size);
     }
