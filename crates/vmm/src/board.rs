@@ -12,7 +12,9 @@ use boot::BootRequest;
 use chipset::InterruptRouter;
 use chipset::acpi_pm::{AcpiPm, AcpiPmConfig};
 use chipset::debug_exit::DebugExitConfig;
+use chipset::hpet::HpetConfig;
 use chipset::i8042::I8042Config;
+use chipset::pci::PciHostConfig;
 use chipset::pit::PitConfig;
 use chipset::rtc::RtcConfig;
 use chipset::uart::{SerialOutput, Uart, UartConfig};
@@ -199,8 +201,10 @@ fn wire_devices(
 ) -> Result<Devices, MapError> {
     let peer = Box::new(ConsolePeer { output: output.clone(), wake: wake.clone() });
     router.wire(wiring)?;
-    PitConfig.wire(wiring)?;
-    rtc(config).wire(wiring)?;
+    let (_, pit) = PitConfig.wire(wiring)?;
+    let (_, rtc) = rtc(config).wire(wiring)?;
+    HpetConfig { pit, rtc }.wire(wiring)?;
+    PciHostConfig.wire(wiring)?;
     I8042Config.wire(wiring)?;
     let acpi = AcpiPmConfig.wire(wiring)?;
     let com1 = UartConfig { index: 0, peer }.wire(wiring)?;

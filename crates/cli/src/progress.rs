@@ -1,0 +1,60 @@
+//! Progress of a download: a bar on a terminal, a line a stage elsewhere.
+use crate::messages;
+use image::{Progress, Stage, Step};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+
+/// Shows steps on standard error.
+#[derive(Debug, Default)]
+pub struct Bar {
+    stage: Option<Stage>,
+    bar: Option<ProgressBar>,
+}
+
+impl Bar {
+    fn begin(&mut self, step: &Step) {
+        self.finish();
+        self.stage = Some(step.stage.clone());
+        if !std::io::stderr().is_terminal() {
+            messages::say(&step.stage.to_string());
+            return;
+        }
+        let bar = ProgressBar::new_spinner().with_style(style("{spinner} {msg}"));
+        self.bar = Some(bar.with_message(step.stage.to_string()));
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A template of this file; one with a mistake shows as the default bar.
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+impl Progress for Bar {
+    fn report(&mut self, step: &Step) {
+        if self.stage.as_ref() != Some(&step.stage) {
+            self.begin(step);
+        }
+        if let Some(bar) = &self.bar {
+            // A total may become known only on the way.
+            if let Some(total) = step.total
+                && bar.length() != Some(total)
+            {
+                bar.set_style(style("{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}"));
+                bar.set_length(total);
+            }
+            bar.set_position(step.done);
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}

@@ -1,0 +1,111 @@
+//! Bad input gets status 2, and a message that names the flag or file and the fix.
+mod common;
+
+use common::{Files, messages, output, prints_and_halts};
+
+/// Runs `bv run` with a good kernel, a serial file and these arguments, and checks that it
+/// refuses them with all these words.
+#[track_caller]
+fn refused(arguments: &[&str], words: &[&str]) {
+    let files = Files::new();
+    let kernel = files.kernel(&prints_and_halts(b""));
+    let serial = format!("--serial=file:{}", files.path("serial").display());
+    let mut all = vec!["run", "--kernel", kernel.to_str().unwrap(), &serial];
+    all.extend(arguments);
+    refused_alone(&all, words);
+    assert!(!files.path("serial").exists(), "{arguments:?} left a file behind");
+}
+
+#[track_caller]
+fn refused_alone(arguments: &[&str], words: &[&str]) {
+    let output = output(arguments);
+    let message = messages(&output);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+    assert!(output.stdout.is_empty(), "{arguments:?}: standard output is the guest's");
+    for word in words {
+        assert!(message.contains(word), "{arguments:?}: `{word}` in:\n{message}");
+    }
+}
+
+#[test]
+fn a_memory_that_is_not_a_size_is_refused_with_an_example() {
+    refused(&["--memory", "12x"], &["--memory", "not a size: 12x", "512MiB"]);
+    refused(&["--memory", ""], &["--memory", "512MiB"]);
+}
+
+#[test]
+fn a_memory_that_cannot_be_is_refused_with_its_limit() {
+    refused(&["--memory", "4KiB"], &["--memory", "4KiB is too small", "at least"]);
+    refused(&["--memory", "1000TiB"], &["--memory", "more than this host's", "ask for less"]);
+    refused(&["--memory", "16777217"], &["--memory", "multiple of 4KiB"]);
+}
+
+#[test]
+fn a_number_of_cpus_that_cannot_be_is_refused_with_the_limit() {
+    refused(&["--cpus", "0"], &["--cpus: 0", "1 to"]);
+    refused(&["--cpus", "100000"], &["--cpus: 100000", "1 to"]);
+    refused(&["--cpus", "many"], &["--cpus"]);
+}
+
+#[test]
+fn a_kernel_that_is_none_is_refused_by_name() {
+    let files = Files::new();
+    let missing = files.path("missing");
+    let empty = files.write("empty", b"");
+    let letter = files.write("letter.txt", b"Dear reader, this is not a kernel.\n");
+    let folder = files.path("");
+    for (path, word) in [
+        (missing, "not found"),
+        (empty, "is empty"),
+        (letter, "not a kernel"),
+        (folder, "directory"),
+    ] {
+        let path = path.to_str().unwrap();
+        refused_alone(&["run", "--kernel", path], &["bv: error:", path, word]);
+    }
+}
+
+#[test]
+fn files_beside_the_kernel_are_refused_by_name() {
+    refused(&["--module", "no-such-module root=1"], &["no-such-module: not found"]);
+    refused(&["--initrd", "no-such-initrd"], &["no-such-initrd: not found"]);
+}
+
+#[test]
+fn a_serial_console_to_nowhere_is_refused() {
+    refused_alone(&["run", "hello", "--serial", "printer"], &["--serial", "file:PATH"]);
+    refused_alone(&["run", "hello", "--serial", "file:"], &["--serial", "file:PATH"]);
+    let path = "no-such-folder/serial.log";
+    let argument = format!("file:{path}");
+    refused_alone(&["run", "hello", "--serial", &argument], &["--serial", path, "write"]);
+}
+
+#[test]
+fn flags_that_do_not_go_together_are_refused() {
+    refused_alone(&["run", "hello", "--kernel", "bzImage"], &["--kernel"]);
+    refused_alone(&["run", "--initrd", "initrd.cpio"], &["--kernel"]);
+    refused_alone(&["run", "goodbye"], &["goodbye", "hello"]);
+    refused_alone(&["run", "--engine", "steam"], &["--engine", "soft"]);
+    refused_alone(&["walk"], &["walk", "help"]);
+}
+
+#[test]
+fn a_cache_that_cannot_be_made_is_refused_before_any_download() {
+    let files = Files::new();
+    let occupied = files.write("occupied", b"a file, not a folder");
+    let output = common::bv(&["run"]).env("XDG_CACHE_HOME", &occupied).output().unwrap();
+    let message = messages(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("occupied"), "{message}");
+}
+
+#[test]
+fn the_version_and_the_help_with_examples_are_printed() {
+    let version = output(&["--version"]);
+    assert_eq!(version.status.code(), Some(0));
+    assert!(version.stdout.starts_with(b"bv "));
+    let help = output(&["run", "--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    assert!(help.contains("Examples:") && help.contains("Ctrl-]"), "{help}");
+}
