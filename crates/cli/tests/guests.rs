@@ -114,7 +114,8 @@ fn the_escape_key_leaves_and_the_terminal_is_restored() {
     let files = Files::new();
     let (controller, user) = open_pty();
     let child = on_a_terminal(&files, &user);
-    File::from(controller).write_all(b"typed\x1d").unwrap();
+    let mut keyboard = File::from(controller);
+    keyboard.write_all(b"typed\x1d").unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", messages(&output));
     assert!(messages(&output).contains("leave with Ctrl-]"), "{}", messages(&output));

@@ -1,0 +1,4 @@
+//! Prints `COVERAGE.md`.
+fn main() {
+    print!("{}", cputest::coverage::markdown());
+}
