@@ -1,4 +1,6 @@
 //! Bad input gets status 2, and a message that names the flag or file and the fix.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use common::{Files, messages, output, prints_and_halts};

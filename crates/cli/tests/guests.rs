@@ -1,4 +1,6 @@
 //! What the user of a running guest gets.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use common::{
