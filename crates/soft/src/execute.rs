@@ -134,8 +134,11 @@ fn data_instruction(cpu: &mut Cpu, insn: &Instruction) -> Done {
         | M::Prefetchw
         | M::Prefetch
         | M::Prefetchwt1 => Ok(Flow::Next),
-        // UD0–UD2, INVALID, and whatever this CPU does not offer.
-        _ => Err(Exception::INVALID_OPCODE),
+        // UD0–UD2, INVALID, whatever this CPU does not offer, and what is not enabled now.
+        _ => {
+            fpu::fpu_allowed(cpu.mode, insn)?;
+            Err(Exception::INVALID_OPCODE)
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::execute::Done;
-use crate::mode::Mode;
+use crate::mode::{MmuIndex, Mode};
 use iced_x86::{CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpKind};
 use std::arch::asm;
 use std::sync::OnceLock;
@@ -176,6 +176,21 @@ pub(crate) fn mxcsr(cpu: &mut Cpu, insn: &Instruction) -> Done {
     Ok(Flow::Next)
 }
 
+/// #MF where an unmasked x87 exception waits: loading a new state checks for it first.
+pub(crate) fn check_pending() -> Result<(), Exception> {
+    let status: u16;
+    // SAFETY: FNSTSW only reads the status word.
+    unsafe { asm!("fnstsw ax", out("ax") status, options(nomem, nostack)) };
+    if status & 0x80 != 0 { Err(Exception::X87) } else { Ok(()) }
+}
+
+/// Puts the host's x87 registers into the state that the host's own code expects: the guest's
+/// may hold an unmasked exception that the next x87 instruction of anybody would raise.
+pub fn reset_host_x87() {
+    // SAFETY: FNINIT changes x87 state alone, in which Rust code keeps nothing.
+    unsafe { asm!("fninit", options(nomem, nostack)) };
+}
+
 /// Bytes of the environment in 16- and 32-bit format.
 const ENVIRONMENT16: usize = 14;
 const ENVIRONMENT32: usize = 28;
@@ -190,7 +205,12 @@ pub(crate) fn environment(cpu: &mut Cpu, insn: &Instruction) -> Done {
     let header = if narrow { ENVIRONMENT16 } else { ENVIRONMENT32 };
     let length = header + if whole { 80 } else { 0 };
     let mut image = [0u8; 108];
+    let unit = if narrow { 2 } else { 4 };
+    if cpu.mode.mmu() == MmuIndex::Aligned && !cpu.offset_of(insn).is_multiple_of(unit) {
+        return Err(Exception::ALIGNMENT);
+    }
     if matches!(insn.mnemonic(), M::Fldenv | M::Frstor) {
+        check_pending()?;
         let mut data = [0u8; 108];
         cpu.load_block(insn, &mut data[..length])?;
         for word in 0..3 {

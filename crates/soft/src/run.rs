@@ -82,6 +82,7 @@ pub fn run(cpu: &mut Cpu, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
     cpu.timer_changed();
     let result = cycle(cpu);
     fpu::x87_to_area(cpu);
+    fpu::reset_host_x87();
     signals::unbind();
     cpu.timer = None;
     cpu.io = None;

@@ -3,7 +3,7 @@
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::execute::Done;
-use crate::fpu::{XMM, fpu_allowed, x87_from_area, x87_to_area};
+use crate::fpu::{XMM, check_pending, fpu_allowed, x87_from_area, x87_to_area};
 use crate::mmu::As;
 use crate::operand::segment_name;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
@@ -103,6 +103,7 @@ fn masked_store(
 
 /// MASKMOVQ: its registers are the host's MMX registers, and using them sets the x87 tags.
 fn masked_mmx_store(cpu: &mut Cpu, insn: &Instruction) -> Done {
+    check_pending()?;
     x87_to_area(cpu);
     // Images hold the stack's order: register n is the one `TOP` places before.
     let top = usize::from(cpu.area.0[3] >> 3 & 7);
