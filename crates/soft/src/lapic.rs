@@ -1,13 +1,16 @@
 //! The local APIC: registers, priorities, timer (Intel SDM 3A chapter 11).
-use crate::clock::{APIC_HZ, tsc_duration};
 use crate::cpu::Cpu;
 use crate::routing::{Message, Shorthand, route};
 use crate::vm::pending;
 use arch::{LapicState, MpState};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
+
+mod timer;
 
 pub use crate::routing::route_msi;
+use timer::TimerMode;
+pub use timer::timer_expired;
 
 /// Numbers of the registers: offset in the xAPIC page divided by 16.
 mod reg {
@@ -42,14 +45,6 @@ const DEFAULT_BASE: u64 = 0xfee0_0000;
 /// Version 14H, six local vectors.
 const VERSION: u32 = 0x0005_0014;
 const NO_PAGE: u64 = u64::MAX;
-
-/// What the timer's LVT entry selects in bits 17 and 18.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum TimerMode {
-    OneShot,
-    Periodic,
-    Deadline,
-}
 
 /// One local APIC.
 #[derive(Clone, Debug)]
@@ -210,47 +205,6 @@ impl Lapic {
         self.bit(reg::TMR, vector).then_some(vector)
     }
 
-    fn timer_mode(&self) -> TimerMode {
-        match self.registers[reg::LVT_TIMER] >> 17 & 3 {
-            0 => TimerMode::OneShot,
-            1 => TimerMode::Periodic,
-            _ => TimerMode::Deadline,
-        }
-    }
-
-    fn divider(&self) -> u64 {
-        let code = self.registers[reg::DIVIDE];
-        match (code & 3) | (code >> 1 & 4) {
-            7 => 1,
-            n => 2 << n,
-        }
-    }
-
-    fn count_duration(&self, count: u32) -> Duration {
-        let ns = u128::from(count) * u128::from(self.divider()) * 1_000_000_000;
-        Duration::from_nanos((ns / u128::from(APIC_HZ)) as u64)
-    }
-
-    fn current_count(&self) -> u32 {
-        let Some(deadline) = self.deadline else { return 0 };
-        if self.timer_mode() == TimerMode::Deadline {
-            return 0;
-        }
-        let left = deadline.saturating_duration_since(Instant::now()).as_nanos();
-        let ticks = left * u128::from(APIC_HZ) / 1_000_000_000 / u128::from(self.divider());
-        (ticks as u32).min(self.registers[reg::INITIAL])
-    }
-
-    /// When the timer will next fire.
-    pub fn timer_deadline(&self) -> Option<Instant> {
-        self.deadline
-    }
-
-    /// The TSC_DEADLINE MSR.
-    pub fn tsc_deadline(&self) -> u64 {
-        if self.timer_mode() == TimerMode::Deadline { self.tsc_deadline } else { 0 }
-    }
-
     /// The state that any engine can take over.
     pub fn save(&self) -> LapicState {
         let mut registers = self.registers;
@@ -363,20 +317,6 @@ impl Cpu {
             }
         }
         self.recheck_interrupts();
-    }
-
-    fn write_timer_lvt(&mut self, value: u32) {
-        let lapic = &mut self.lapic;
-        let before = lapic.timer_mode() == TimerMode::Deadline;
-        let forced = if lapic.software_enabled() { 0 } else { MASKED };
-        lapic.registers[reg::LVT_TIMER] = (value & 0x7_00ff) | forced;
-        if before != (lapic.timer_mode() == TimerMode::Deadline) {
-            // A change between counting and deadline disarms (Intel SDM 3A 11.5.4.1).
-            lapic.deadline = None;
-            lapic.tsc_deadline = 0;
-            lapic.registers[reg::INITIAL] = 0;
-            self.timer_changed();
-        }
     }
 
     fn end_of_interrupt(&mut self) {
@@ -543,65 +483,59 @@ impl Cpu {
         self.publish_lapic();
         self.recheck_interrupts();
     }
-
-    /// WRMSR of IA32_TSC_DEADLINE (Intel SDM 3A 11.5.4.1).
-    pub(crate) fn set_tsc_deadline(&mut self, value: u64) {
-        if self.lapic.timer_mode() != TimerMode::Deadline {
-            return;
-        }
-        self.lapic.tsc_deadline = value;
-        self.lapic.deadline = None;
-        if value != 0 {
-            let left = value.saturating_sub(self.guest_tsc());
-            if left == 0 {
-                self.fire_timer();
-            } else {
-                self.lapic.deadline = Instant::now().checked_add(tsc_duration(left));
-            }
-        }
-        self.timer_changed();
-    }
-
-    /// Raises the timer's interrupt unless masked.
-    fn fire_timer(&mut self) {
-        let lapic = &mut self.lapic;
-        let lvt = lapic.registers[reg::LVT_TIMER];
-        lapic.tsc_deadline = 0;
-        if lvt & MASKED == 0 && lvt & 0xff >= 16 {
-            lapic.accept(lvt as u8, false);
-        }
-        self.recheck_interrupts();
-    }
 }
 
-/// Looks whether the timer is due at `now`, and raises its interrupt then.
-pub fn timer_expired(cpu: &mut Cpu, now: Instant) {
-    let Some(deadline) = cpu.lapic.deadline else { return };
-    if now < deadline {
-        return;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enabled() -> Lapic {
+        let mut lapic = Lapic::new(0, 1);
+        lapic.registers[reg::SVR] = 0x1ff;
+        lapic
     }
-    match cpu.lapic.timer_mode() {
-        TimerMode::OneShot => cpu.lapic.deadline = None,
-        TimerMode::Periodic => {
-            let period = cpu.lapic.count_duration(cpu.lapic.registers[reg::INITIAL]);
-            // Periods that were missed altogether are lost, as on a CPU that slept.
-            let next = deadline + period;
-            cpu.lapic.deadline = match period.is_zero() {
-                true => None,
-                false => Some(next.max(now)),
-            };
-        }
-        TimerMode::Deadline => {
-            let left = cpu.lapic.tsc_deadline.saturating_sub(cpu.guest_tsc());
-            if left > 0 {
-                // The host's two clocks disagree by a few ticks.
-                cpu.lapic.deadline = Some(now + tsc_duration(left));
-                cpu.timer_changed();
-                return;
-            }
-            cpu.lapic.deadline = None;
-        }
+
+    #[test]
+    fn the_highest_vector_is_delivered_first_and_holds_back_its_own_class() {
+        let mut lapic = enabled();
+        lapic.accept(0x41, false);
+        lapic.accept(0x52, false);
+        assert_eq!(lapic.deliverable(), Some(0x52));
+        lapic.acknowledge(0x52);
+        assert_eq!(lapic.deliverable(), None);
+        lapic.accept(0x5f, false);
+        assert_eq!(lapic.deliverable(), None);
+        lapic.accept(0x60, false);
+        assert_eq!(lapic.deliverable(), Some(0x60));
     }
-    cpu.timer_changed();
-    cpu.fire_timer();
+
+    #[test]
+    fn the_end_of_a_level_triggered_interrupt_names_its_vector() {
+        let mut lapic = enabled();
+        for (vector, level) in [(0x41, true), (0x61, false)] {
+            lapic.accept(vector, level);
+            lapic.acknowledge(vector);
+        }
+        assert_eq!(lapic.end_of_interrupt(), None);
+        assert_eq!(lapic.end_of_interrupt(), Some(0x41));
+    }
+
+    #[test]
+    fn the_task_priority_holds_back_its_class_and_those_below() {
+        let mut lapic = enabled();
+        lapic.set_cr8(5);
+        lapic.accept(0x5f, false);
+        assert_eq!(lapic.deliverable(), None);
+        lapic.set_cr8(4);
+        assert_eq!(lapic.deliverable(), Some(0x5f));
+    }
+
+    #[test]
+    fn only_the_register_page_of_xapic_mode_is_claimed() {
+        let mut lapic = enabled();
+        assert!(lapic.claims(0xfee0_0020));
+        assert!(!lapic.claims(0xfee0_1000));
+        lapic.set_base(DEFAULT_BASE | ENABLED | X2APIC);
+        assert!(!lapic.claims(0xfee0_0020));
+    }
 }
