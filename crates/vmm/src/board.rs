@@ -91,7 +91,8 @@ pub struct Board {
     clock: Arc<MachineClock>,
     alarms: Arc<AlarmQueue>,
     vcpus: Vec<VcpuThread>,
-    devices: Devices,
+    /// `None` once halted: the devices hold the VM, and with it the guest's memory.
+    devices: Option<Devices>,
 }
 
 impl Board {
@@ -134,7 +135,7 @@ impl Board {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|source| VmmError::Host { what: "a thread for each vCPU", source })?;
         events.set_vcpus(vcpus.iter().map(|vcpu| vcpu.control().clone()).collect());
-        Ok(Self { events, clock, alarms, vcpus, devices })
+        Ok(Self { events, clock, alarms, vcpus, devices: Some(devices) })
     }
 
     /// What vCPUs and devices report.
@@ -153,25 +154,27 @@ impl Board {
         self.vcpus.iter().for_each(|vcpu| vcpu.control().pause());
         self.vcpus.iter().for_each(|vcpu| vcpu.control().wait_stopped());
         self.clock.stop();
-        lock(&self.devices.com1).flush();
+        self.devices.iter().for_each(Devices::flush);
     }
 
-    /// Ends all vCPU threads.
+    /// Ends all vCPU threads and frees the guest's memory.
     pub fn halt(&mut self) {
         self.vcpus.iter().for_each(|vcpu| vcpu.control().finish());
         self.vcpus.clear();
         self.clock.stop();
-        lock(&self.devices.com1).flush();
+        self.devices.take().iter().for_each(Devices::flush);
     }
 
     /// Offers input to the serial port; answers how many bytes it took.
     pub fn serial_input(&self, bytes: &[u8]) -> usize {
-        lock(&self.devices.com1).push_input(bytes)
+        self.devices.as_ref().map_or(0, |devices| lock(&devices.com1).push_input(bytes))
     }
 
     /// Presses the power button.
     pub fn power_button(&self) {
-        lock(&self.devices.acpi).press_power_button();
+        if let Some(devices) = &self.devices {
+            lock(&devices.acpi).press_power_button();
+        }
     }
 
     /// How long until a device wants to be woken.
@@ -189,6 +192,13 @@ impl Board {
 struct Devices {
     com1: Shared<Uart>,
     acpi: Shared<AcpiPm>,
+}
+
+impl Devices {
+    /// Hands on what the guest has sent so far.
+    fn flush(&self) {
+        lock(&self.com1).flush();
+    }
 }
 
 /// The list of a machine's devices; each wires itself.

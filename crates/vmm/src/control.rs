@@ -56,7 +56,12 @@ impl MachineHandle {
     /// Sends a command to the I/O thread, which carries commands out in order. A machine that
     /// has ended drops it.
     pub fn send(&self, command: Command) {
-        lock(&self.0.state).commands.push_back(command);
+        let mut state = lock(&self.0.state);
+        if state.phase == MachinePhase::Ended {
+            return;
+        }
+        state.commands.push_back(command);
+        drop(state);
         self.0.wake.wake();
     }
 

@@ -5,7 +5,7 @@ use arch::{CpuModel, VcpuState};
 use engine::{Engine, EngineError, Halt, Kick, Msi, Vcpu, VcpuIo, Vm, VmConfig};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Duration;
 
 /// What a fake vCPU does in one run.
@@ -116,13 +116,14 @@ impl Vm for FakeVm {
 pub struct FakeEngine {
     script: Arc<Script>,
     boots: AtomicU32,
+    last: Mutex<Weak<FakeVm>>,
 }
 
 impl FakeEngine {
     pub fn new(
         script: impl Fn(&Cpu<'_>) -> Result<Halt, EngineError> + Send + Sync + 'static,
     ) -> Self {
-        Self { script: Arc::new(script), boots: AtomicU32::new(0) }
+        Self { script: Arc::new(script), boots: AtomicU32::new(0), last: Mutex::default() }
     }
 }
 
@@ -138,7 +139,11 @@ impl Engine for FakeEngine {
     }
     fn create_vm(&self, _config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
         let boot = self.boots.fetch_add(1, Ordering::Relaxed);
-        Ok(Arc::new(FakeVm { boot, script: self.script.clone(), messages: Arc::default() }))
+        let script = self.script.clone();
+        let vm = Arc::new(FakeVm { boot, script, messages: Arc::default() });
+        let last = std::mem::replace(&mut *self.last.lock().unwrap(), Arc::downgrade(&vm));
+        assert!(last.upgrade().is_none(), "the VM from before the reset is still there");
+        Ok(vm)
     }
 }
 
