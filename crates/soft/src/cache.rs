@@ -4,6 +4,7 @@ use crate::codemem::CodeMemory;
 use crate::cpu::{CELLS, Cpu, JUMP_CACHE_ENTRIES, jump_slot};
 use crate::emit::{EdgeKind, Emitted, FlagsIn, Position};
 use crate::mode::Mode;
+use crate::translate::flags::Flags;
 use crate::vm::{Written, pending};
 use engine::EngineError;
 use iced_x86::Instruction;
@@ -44,10 +45,10 @@ pub struct Block {
     pub entry: u64,
     /// Entry for callers with guest flags in `Cpu::raw_flags`.
     pub saved_entry: u64,
+    /// Flags that must be in their place on entry.
+    live_in: Flags,
     /// Bytes of host code from `entry` on.
     code_len: u32,
-    first_edge: u32,
-    edges: u32,
     positions: Box<[Position]>,
     /// Instructions that helpers execute; translated code holds pointers to them.
     _instructions: Box<[Instruction]>,
@@ -65,6 +66,7 @@ struct Edge {
     target: u64,
     kind: EdgeKind,
     stub: u64,
+    live: Flags,
 }
 
 #[derive(Default)]
@@ -154,7 +156,6 @@ impl CodeCache {
         }
         let entry = self.memory.install(&emitted.code)?;
         let id = self.blocks.len() as BlockId;
-        let first_edge = self.edges.len() as u32;
         for spec in &emitted.edges {
             let stub = entry + u64::from(spec.stub);
             if let EdgeKind::Far(cell) = spec.kind
@@ -162,7 +163,13 @@ impl CodeCache {
             {
                 *slot = stub;
             }
-            self.edges.push(Edge { block: id, target: spec.target, kind: spec.kind, stub });
+            self.edges.push(Edge {
+                block: id,
+                target: spec.target,
+                kind: spec.kind,
+                stub,
+                live: spec.live,
+            });
         }
         self.cells += emitted.cells;
         for source in &sources {
@@ -177,9 +184,8 @@ impl CodeCache {
             second_page,
             entry,
             saved_entry: entry + u64::from(emitted.saved_entry),
+            live_in: emitted.live_in,
             code_len: emitted.code.len() as u32,
-            first_edge,
-            edges: emitted.edges.len() as u32,
             positions: emitted.positions.into_boxed_slice(),
             _instructions: instructions,
             sources,
@@ -196,9 +202,15 @@ impl CodeCache {
         self.edges.get(edge as usize).map(|e| e.target)
     }
 
-    /// Makes an edge jump straight to a block.
+    /// Makes an edge jump straight to a block. If the code there has changed since the edge was
+    /// made, and now wants flags that the edge does not keep, the edge's own block is thrown away
+    /// instead, to be translated anew.
     pub fn link(&mut self, edge: u32, target: BlockId, cells: &mut [u64; CELLS]) {
-        let Some(&Edge { block, kind, .. }) = self.edges.get(edge as usize) else { return };
+        let Some(&Edge { block, kind, live, .. }) = self.edges.get(edge as usize) else { return };
+        if self.blocks.get(target as usize).is_some_and(|to| to.live_in & !live != 0) {
+            self.kill(block, cells);
+            return;
+        }
         if !self.blocks.get(block as usize).is_some_and(|b| b.alive) {
             return;
         }
@@ -309,11 +321,6 @@ impl CodeCache {
     /// Pages that hold code.
     pub fn code_pages(&self) -> impl Iterator<Item = u64> {
         self.pages.keys().copied()
-    }
-
-    /// Bytes of host code and number of blocks.
-    pub fn usage(&self) -> (usize, usize) {
-        (self.memory.used(), self.blocks.len())
     }
 
     fn clear(&mut self) {

@@ -90,11 +90,6 @@ impl CodeMemory {
         }
     }
 
-    /// Bytes of code.
-    pub fn used(&self) -> usize {
-        self.used
-    }
-
     /// The executable range, for the signal handler.
     pub fn range(&self) -> (u64, u64) {
         let start = self.executable.as_ptr() as u64;

@@ -28,43 +28,69 @@ fn byte_flags(value: u8) -> u64 {
     bits
 }
 
-/// The result of an adjustment: AX and the six arithmetic flags.
+/// The result of an adjustment: AX and the six arithmetic flags. Flags that the manual leaves
+/// undefined come out as those of the addition or subtraction that adjusts AL, as on AMD's CPUs.
 type Adjusted = (u16, u64);
 
-/// AAA (`subtract` clear) and AAS (set); undefined flags come out as the byte result gives them.
+/// OF of `al` plus or minus `by`, giving `result`.
+fn overflow(al: u8, by: u8, result: u8, subtract: bool) -> u64 {
+    let same = if subtract { al ^ by } else { !(al ^ by) };
+    if same & (al ^ result) & 0x80 != 0 { rflags::OF } else { 0 }
+}
+
+/// AAA (`subtract` clear) and AAS (set).
 fn ascii_adjust(ax: u16, before: u64, subtract: bool) -> Adjusted {
-    let carry = ax & 0xf > 9 || before & rflags::AF != 0;
+    let old = ax as u8;
+    let carry = old & 0xf > 9 || before & rflags::AF != 0;
+    let by = if carry { 6 } else { 0 };
+    let al = if subtract { old.wrapping_sub(by) } else { old.wrapping_add(by) };
     let ax = match (carry, subtract) {
         (true, false) => ax.wrapping_add(0x106),
         (true, true) => ax.wrapping_sub(0x106),
         _ => ax,
     } & 0xff0f;
     let carry = if carry { rflags::AF | rflags::CF } else { 0 };
-    (ax, byte_flags(ax as u8) | carry)
+    (ax, byte_flags(al) | carry | overflow(old, by, al, subtract))
 }
 
 /// DAA and DAS.
 fn decimal_adjust(ax: u16, before: u64, subtract: bool) -> Adjusted {
     let old = ax as u8;
-    let mut al = old;
+    let mut by = 0u8;
     let mut result = 0;
     let old_carry = before & rflags::CF != 0;
-    let apply = |al: u8, by: u8| if subtract { al.wrapping_sub(by) } else { al.wrapping_add(by) };
     if old & 0xf > 9 || before & rflags::AF != 0 {
         let borrow = if subtract { old < 6 } else { old > 0xf9 };
-        al = apply(al, 6);
+        by = 6;
         result |= rflags::AF;
         if old_carry || borrow {
             result |= rflags::CF;
         }
     }
     if old > 0x99 || old_carry {
-        al = apply(al, 0x60);
+        by += 0x60;
         result |= rflags::CF;
     } else if !subtract {
         result &= !rflags::CF;
     }
-    ((ax & 0xff00) | u16::from(al), byte_flags(al) | result)
+    let al = if subtract { old.wrapping_sub(by) } else { old.wrapping_add(by) };
+    result |= byte_flags(al) | overflow(old, by, al, subtract);
+    ((ax & 0xff00) | u16::from(al), result)
+}
+
+/// AAD: AL plus AH times the base, with the flags of that addition.
+fn ascii_to_binary(ax: u16, base: u8) -> Adjusted {
+    let old = ax as u8;
+    let by = ((ax >> 8) as u8).wrapping_mul(base);
+    let (al, carry) = old.overflowing_add(by);
+    let mut result = byte_flags(al) | overflow(old, by, al, false);
+    if carry {
+        result |= rflags::CF;
+    }
+    if (old ^ by ^ al) & 0x10 != 0 {
+        result |= rflags::AF;
+    }
+    (u16::from(al), result)
 }
 
 /// AAA, AAS, DAA, DAS, AAM, AAD.
@@ -85,11 +111,7 @@ pub(crate) fn bcd(cpu: &mut Cpu, insn: &Instruction) -> Done {
             let ax = ((al / base) << 8) | (al % base);
             (ax, byte_flags(ax as u8))
         }
-        _ => {
-            let base = u16::from(insn.immediate8());
-            let al = (ax & 0xff).wrapping_add((ax >> 8).wrapping_mul(base)) & 0xff;
-            (al, byte_flags(al as u8))
-        }
+        _ => ascii_to_binary(ax, insn.immediate8()),
     };
     cpu.set_gpr(RAX, 2, u64::from(ax));
     flags(cpu, rflags::ARITHMETIC, result);

@@ -129,7 +129,6 @@ impl Engine for SoftEngine {
                 model: config.cpu,
                 mailboxes: (0..config.vcpus).map(|_| vm::Mailbox::default()).collect(),
                 pic_output: false.into(),
-                split_lock: ().into(),
                 regions: Vec::new().into(),
             }),
         }))

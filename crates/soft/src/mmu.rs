@@ -152,8 +152,6 @@ pub enum As {
 pub struct Translation {
     /// Guest-physical address, with the offset of the linear one.
     pub physical: u64,
-    /// Whether a write through this translation needs no further walk (writable, and dirty).
-    pub write_through: bool,
 }
 
 /// Error-code bits of #PF (Intel SDM 3A 4.7).
@@ -202,7 +200,7 @@ impl Cpu {
         who: As,
     ) -> Result<Translation, Exception> {
         if !self.paging() {
-            return Ok(Translation { physical: address, write_through: true });
+            return Ok(Translation { physical: address });
         }
         let user = who == As::Current && self.sys.cpl == 3;
         let ac = who == As::Current && self.rflags & arch::registers::rflags::AC != 0;
@@ -213,30 +211,6 @@ impl Cpu {
             self.walk_32(address, request)
         };
         walk.map_err(|code| self.page_fault(address, code, request))
-    }
-
-    /// Translates without side effects and without permission checks, for debuggers and dumps.
-    pub fn translate_quietly(&self, address: u64) -> Option<u64> {
-        if !self.paging() {
-            return Some(address);
-        }
-        if self.sys.cr4 & cr4::PAE == 0 {
-            return None;
-        }
-        let (mut level, mut table) = self.root(address)?;
-        loop {
-            let entry =
-                self.vm.ram.entry64(table | index(address, level) << 3)?.load(Ordering::Relaxed);
-            if entry & PRESENT == 0 {
-                return None;
-            }
-            if level == 1 || (entry & LARGE != 0 && level <= 3) {
-                let offset = (1u64 << (12 + 9 * (level - 1))) - 1;
-                return Some((entry & ADDRESS & !offset) | (address & offset));
-            }
-            table = entry & ADDRESS;
-            level -= 1;
-        }
     }
 
     fn page_fault(&self, address: u64, code: u32, request: Request) -> Exception {
@@ -287,10 +261,10 @@ impl Cpu {
             no_execute |= entry & NO_EXECUTE != 0;
             if level == 1 || large {
                 self.check_rights(rights, no_execute, request)?;
-                let dirty = set_used(slot, entry, request.want == Want::Write);
+                set_used(slot, entry, request.want == Want::Write);
                 let offset = (1u64 << (12 + 9 * (level - 1))) - 1;
                 let physical = (entry & ADDRESS & !offset) | (address & offset);
-                return Ok(self.translation(physical, rights, dirty));
+                return Ok(Translation { physical });
             }
             if entry & ACCESSED == 0 {
                 slot.fetch_or(ACCESSED, Ordering::AcqRel);
@@ -313,11 +287,11 @@ impl Cpu {
                 return Err(fault::RESERVED | fault::PRESENT);
             }
             self.check_rights(entry, false, request)?;
-            let dirty = set_used_32(slot, entry as u32, request.want == Want::Write);
+            set_used_32(slot, entry as u32, request.want == Want::Write);
             // PSE-36: bits 13–20 of the entry are bits 32–39 of the address.
             let physical =
                 (entry & 0xffc0_0000) | (entry >> 13 & 0xff) << 32 | (address & 0x3f_ffff);
-            return Ok(self.translation(physical, entry, dirty));
+            return Ok(Translation { physical });
         }
         if entry & ACCESSED == 0 {
             slot.fetch_or(ACCESSED as u32, Ordering::AcqRel);
@@ -330,14 +304,9 @@ impl Cpu {
         }
         let rights = entry & leaf;
         self.check_rights(rights, false, request)?;
-        let dirty = set_used_32(slot, leaf as u32, request.want == Want::Write);
+        set_used_32(slot, leaf as u32, request.want == Want::Write);
         let physical = (leaf & 0xffff_f000) | (address & 0xfff);
-        Ok(self.translation(physical, rights, dirty))
-    }
-
-    fn translation(&self, physical: u64, rights: u64, dirty: bool) -> Translation {
-        let writable = rights & WRITABLE != 0 || self.sys.cr0 & cr0::WP == 0;
-        Translation { physical, write_through: writable && dirty }
+        Ok(Translation { physical })
     }
 
     /// Intel SDM 3A 4.6.1.
@@ -436,19 +405,17 @@ fn reserved_bits(level: u32, large: bool, no_execute_on: bool, long: bool) -> u6
     bits
 }
 
-/// Sets the accessed bit, and the dirty bit for a write; says whether the dirty bit is set now.
-fn set_used(slot: &AtomicU64, entry: u64, write: bool) -> bool {
+/// Sets the accessed bit, and the dirty bit for a write.
+fn set_used(slot: &AtomicU64, entry: u64, write: bool) {
     let wanted = ACCESSED | if write { DIRTY } else { 0 };
     if entry & wanted != wanted {
         slot.fetch_or(wanted, Ordering::AcqRel);
     }
-    (entry | wanted) & DIRTY != 0
 }
 
-fn set_used_32(slot: &std::sync::atomic::AtomicU32, entry: u32, write: bool) -> bool {
+fn set_used_32(slot: &std::sync::atomic::AtomicU32, entry: u32, write: bool) {
     let wanted = (ACCESSED | if write { DIRTY } else { 0 }) as u32;
     if entry & wanted != wanted {
         slot.fetch_or(wanted, Ordering::AcqRel);
     }
-    u64::from(entry | wanted) & DIRTY != 0
 }

@@ -121,10 +121,6 @@ impl Mode {
     pub const fn is_64(self) -> bool {
         matches!(self.code(), CodeSize::Bits64)
     }
-    /// The current privilege level, 0 to 3.
-    pub const fn cpl(self) -> u8 {
-        ((self.0 >> 3) & 3) as u8
-    }
     /// The TLB that ordinary accesses use.
     pub const fn mmu(self) -> MmuIndex {
         match (self.0 >> 5) & 3 {

@@ -4,6 +4,7 @@ use crate::exception::{Exception, Flow};
 use crate::execute::Done;
 use crate::operand::segment_name;
 use crate::stack::Stack;
+use arch::registers::gpr::RSP;
 use arch::{Segment, SegmentName};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -220,8 +221,25 @@ pub(crate) fn mov(cpu: &mut Cpu, insn: &Instruction) -> Done {
     Ok(Flow::Next)
 }
 
-/// PUSH and POP of a segment register.
+/// POP to memory: an address with RSP in it counts from after the pop (Intel SDM 2B POP).
+fn pop_memory(cpu: &mut Cpu, insn: &Instruction) -> Done {
+    let size = insn.stack_pointer_increment().unsigned_abs() as usize;
+    let mut stack = Stack::current(cpu);
+    let value = stack.pop(cpu, size)?;
+    let before = cpu.gpr[RSP];
+    stack.commit(cpu);
+    let stored = cpu.set_operand(insn, 0, value, size);
+    if stored.is_err() {
+        cpu.gpr[RSP] = before;
+    }
+    stored.map(|()| Flow::Next)
+}
+
+/// PUSH and POP of a segment register, POP to memory.
 pub(crate) fn push_pop(cpu: &mut Cpu, insn: &Instruction) -> Done {
+    if insn.op_kind(0) == OpKind::Memory && insn.mnemonic() == Mnemonic::Pop {
+        return pop_memory(cpu, insn);
+    }
     let register = insn.op0_register();
     if !register.is_segment_register() {
         return Err(Exception::INVALID_OPCODE);

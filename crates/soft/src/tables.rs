@@ -183,9 +183,6 @@ pub(crate) fn arpl(cpu: &mut Cpu, insn: &Instruction) -> Done {
                 cpu.store_operand(segment_name(insn.memory_segment()), offset, value, 2)?;
             }
         }
-    } else if insn.op_kind(0) != OpKind::Register {
-        // The destination is written in any case, so it must be writable.
-        cpu.set_operand(insn, 0, destination, 2)?;
     }
     cpu.set_flag(rflags::ZF, raise);
     Ok(Flow::Next)

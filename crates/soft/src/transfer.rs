@@ -251,10 +251,15 @@ fn far_return(cpu: &mut Cpu, insn: &Instruction, size: usize) -> Done {
         load_real_cs(cpu, selector);
         return Ok(jump(cpu, rip));
     }
-    let mut d = return_segment(cpu, selector)?;
-    check_target(cpu, &d, rip)?;
     stack.skip(release);
     let rpl = (selector & 3) as u8;
+    if rpl != cpu.sys.cpl {
+        // The outer stack pointer is read before the segment is looked at, as AMD's CPUs do.
+        stack.peek(cpu, 0, size)?;
+        stack.peek(cpu, size as u64, size)?;
+    }
+    let mut d = return_segment(cpu, selector)?;
+    check_target(cpu, &d, rip)?;
     if rpl == cpu.sys.cpl {
         cpu.mark_accessed(&mut d)?;
         stack.commit(cpu);

@@ -18,9 +18,6 @@ pub struct VmShared {
     pub mailboxes: Vec<Mailbox>,
     /// Level of the PIC's output.
     pub pic_output: AtomicBool,
-    /// Held during accesses that must be atomic but that the host cannot make so in one
-    /// instruction: locked operations across a page boundary.
-    pub split_lock: Mutex<()>,
     /// The memory in which the vCPUs lie; it outlives them.
     pub regions: Mutex<Vec<crate::region::CpuRegion>>,
 }

@@ -10,7 +10,6 @@ impl Reg {
     pub const RAX: Self = Self(0);
     pub const RCX: Self = Self(1);
     pub const RDX: Self = Self(2);
-    pub const RBX: Self = Self(3);
     pub const RSP: Self = Self(4);
     pub const RBP: Self = Self(5);
     pub const RSI: Self = Self(6);
@@ -75,11 +74,9 @@ pub mod cc {
 pub mod op {
     pub const ADD_LOAD: &[u8] = &[0x03];
     pub const XOR_LOAD: &[u8] = &[0x33];
-    pub const CMP_LOAD: &[u8] = &[0x3b];
     pub const MOV_LOAD: &[u8] = &[0x8b];
     pub const MOV_STORE: &[u8] = &[0x89];
     pub const LEA: &[u8] = &[0x8d];
-    pub const MOVZX8: &[u8] = &[0x0f, 0xb6];
     pub const MOVZX16: &[u8] = &[0x0f, 0xb7];
     pub const MOVSX16: &[u8] = &[0x0f, 0xbf];
     pub const MOVSXD: &[u8] = &[0x63];

@@ -37,7 +37,7 @@ impl Emitter<'_> {
             self.cells += 1;
             EdgeKind::Far(cell)
         };
-        self.edges.push(EdgeSpec { target: successor.pc, kind, stub: 0 });
+        self.edges.push(EdgeSpec { target: successor.pc, kind, stub: 0, live: successor.live });
         self.edges.len() - 1
     }
 

@@ -63,6 +63,8 @@ pub struct EdgeSpec {
     pub kind: EdgeKind,
     /// Offset of the stub that leaves to the run loop.
     pub stub: u32,
+    /// Flags that are in their place when the edge is taken; the others may be garbage.
+    pub live: Flags,
 }
 
 /// Code that runs rarely.
@@ -125,6 +127,8 @@ pub struct Emitted {
     pub saved_entry: u32,
     /// Link cells used.
     pub cells: u32,
+    /// Flags that the block expects in their place when it is entered.
+    pub live_in: Flags,
 }
 
 impl<'a> Emitter<'a> {
@@ -289,6 +293,7 @@ impl<'a> Emitter<'a> {
             edges: self.edges,
             saved_entry,
             cells: self.cells,
+            live_in,
         }
     }
 

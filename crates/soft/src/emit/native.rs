@@ -185,7 +185,7 @@ impl Emitter<'_> {
         let bit = insn.op1_register();
         self.read_gpr(SCRATCH, bit);
         match size {
-            2 => self.asm.rr(Width::W64, &[0x0f, 0xbf], SCRATCH, SCRATCH),
+            2 => self.asm.rr(Width::W64, op::MOVSX16, SCRATCH, SCRATCH),
             4 => self.asm.rr(Width::W64, op::MOVSXD, SCRATCH, SCRATCH),
             _ => {}
         }

@@ -107,24 +107,19 @@ pub fn has_memory(insn: &Instruction) -> bool {
 
 fn compute(insn: &Instruction, memory: bool) -> Class {
     use Mnemonic as M;
-    if insn.code() == Code::INVALID || !offered(insn) {
+    if insn.code() == Code::INVALID {
+        return Class::HelperEnd;
+    }
+    if hint(insn.mnemonic()) {
+        return Class::Nothing;
+    }
+    if !offered(insn) {
         return Class::HelperEnd;
     }
     if insn.flow_control() != FlowControl::Next {
         return control_flow(insn);
     }
     match insn.mnemonic() {
-        M::Nop
-        | M::Endbr32
-        | M::Endbr64
-        | M::Prefetch
-        | M::Prefetchw
-        | M::Prefetchnta
-        | M::Prefetcht0
-        | M::Prefetcht1
-        | M::Prefetcht2
-        | M::Prefetchwt1
-        | M::Reservednop => Class::Nothing,
         M::Lea => Class::Lea,
         M::Push => push(insn, memory),
         M::Pop if !memory && insn.op0_register().is_gpr() => Class::Pop,
@@ -140,6 +135,37 @@ fn compute(insn: &Instruction, memory: bool) -> Class {
         _ if uses_vectors(insn) => Class::NativeVector,
         _ => Class::Native,
     }
+}
+
+/// Hints, and instructions in the space of NOPs that this CPU does not know (Intel SDM 2B, NOP).
+fn hint(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Nop
+            | M::Reservednop
+            | M::Endbr32
+            | M::Endbr64
+            | M::Rdsspd
+            | M::Rdsspq
+            | M::Cldemote
+            | M::Prefetch
+            | M::Prefetchw
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchwt1
+            | M::Prefetchit0
+            | M::Prefetchit1
+            | M::Bndcl
+            | M::Bndcu
+            | M::Bndcn
+            | M::Bndmov
+            | M::Bndmk
+            | M::Bndldx
+            | M::Bndstx
+    )
 }
 
 fn push(insn: &Instruction, memory: bool) -> Class {
@@ -386,7 +412,6 @@ fn feature_offered(feature: CpuidFeature) -> bool {
         F::SSE4_2 => host!("sse4.2"),
         F::SSE4A => host!("sse4a"),
         F::POPCNT => host!("popcnt"),
-        F::LZCNT => host!("lzcnt"),
         F::AES => host!("aes"),
         F::PCLMULQDQ => host!("pclmulqdq"),
         F::SHA => host!("sha"),
@@ -394,6 +419,8 @@ fn feature_offered(feature: CpuidFeature) -> bool {
         F::RDRAND => host!("rdrand"),
         F::RDSEED => host!("rdseed"),
         F::ADX => host!("adx"),
+        // TZCNT and LZCNT are BSF and BSR where the host does not know them, as for the guest.
+        F::LZCNT => true,
         F::BMI1 => host!("bmi1"),
         F::BMI2 => host!("bmi2"),
         F::CMPXCHG16B => host!("cmpxchg16b"),

@@ -61,8 +61,8 @@ pub fn copy(ram: &Ram, start: u64, to: &mut [u8]) -> Option<()> {
 struct Ahead<'a> {
     ram: &'a Ram,
     mode: Mode,
-    /// The page of the block: guest address and guest-physical address.
-    page: (u64, u64),
+    /// Pages that may be looked at: guest address and guest-physical address.
+    pages: Vec<(u64, u64)>,
     /// Bytes looked at.
     seen: Vec<Source>,
     budget: u32,
@@ -144,7 +144,7 @@ impl Cpu {
     }
 
     fn finish_run(
-        &self,
+        &mut self,
         key: Key,
         mut steps: Vec<Step>,
         len: usize,
@@ -155,7 +155,6 @@ impl Cpu {
         let page = (key.pc & !0xfff, key.physical & !0xfff);
         // In segments whose base is not page-aligned, guest addresses and pages do not go together.
         let aligned = (key.pc ^ key.physical) & 0xfff == 0;
-        let mut ahead = Ahead { ram: &vm.ram, mode: key.mode, page, seen: Vec::new(), budget: 24 };
         let near = |pc: u64| aligned && second_page.is_none() && pc & !0xfff == page.0;
         let last = steps.last().copied();
         let next_pc = last.map_or(key.pc, |s| s.insn.next_ip() & mask);
@@ -164,9 +163,15 @@ impl Cpu {
                 && !helped(s.class, &s.insn, key.mode)
         });
         let target_pc = direct.map(|s| s.insn.near_branch_target() & mask);
-        let mut live = |pc: u64| {
-            if near(pc) { ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES) } else { ALL }
-        };
+        let mut pages = Vec::with_capacity(3);
+        if aligned {
+            pages.push(page);
+        }
+        for pc in target_pc.into_iter().chain([next_pc]).filter(|&pc| !near(pc)) {
+            pages.extend(self.visible_page(pc));
+        }
+        let mut ahead = Ahead { ram: &vm.ram, mode: key.mode, pages, seen: Vec::new(), budget: 24 };
+        let mut live = |pc: u64| ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES);
         let target = target_pc.map(|pc| successor(pc, live(pc), near(pc)));
         let falls =
             last.is_none_or(|s| !matches!(s.class, Class::Jump | Class::Call)) || direct.is_none();
@@ -179,6 +184,20 @@ impl Cpu {
             step.live_before = flow;
         }
         Run { steps, len, second_page, next, target, looked_at: ahead.seen, pc: key.pc }
+    }
+}
+
+impl Cpu {
+    /// The page of a guest address outside the block's own, if the look-ahead may read it: it is
+    /// mapped, and writes to it will be noticed from now on.
+    fn visible_page(&mut self, pc: u64) -> Option<(u64, u64)> {
+        let linear = self.code_address(pc).ok()?;
+        let physical = self.translate_fetch(linear).ok()?;
+        if (pc ^ physical) & 0xfff != 0 {
+            return None;
+        }
+        self.claim_page(physical);
+        Some((pc & !0xfff, physical & !0xfff))
     }
 }
 
@@ -219,19 +238,17 @@ fn live_out(
 }
 
 impl Ahead<'_> {
-    /// Flags that are live at `pc`, found by decoding a few instructions from there on the same
-    /// page; what cannot be seen counts as live.
+    /// Flags that are live at `pc`, found by decoding a few instructions from there on visible
+    /// pages; what cannot be seen counts as live.
     fn live(&mut self, pc: u64, steps: u32, branches: u32) -> Flags {
         let mut known_dead: Flags = 0;
         let mut needed: Flags = 0;
         let mut bytes = [0; 64];
-        let offset = pc.wrapping_sub(self.page.0);
-        if offset >= 4096 {
-            return ALL;
-        }
+        let offset = pc & 0xfff;
+        let Some(&(_, page)) = self.pages.iter().find(|p| p.0 == pc & !0xfff) else { return ALL };
         let available = (4096 - offset as usize).min(bytes.len());
         let Some(window) = bytes.get_mut(..available) else { return ALL };
-        if copy(self.ram, self.page.1 + offset, window).is_none() {
+        if copy(self.ram, page + offset, window).is_none() {
             return ALL;
         }
         let mut decoder =
@@ -260,7 +277,7 @@ impl Ahead<'_> {
             }
         }
         let len = decoder.position() as u16;
-        self.seen.push(Source { start: self.page.1 + offset, len });
+        self.seen.push(Source { start: page + offset, len });
         needed | (ALL & !known_dead & !needed)
     }
 
