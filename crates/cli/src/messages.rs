@@ -8,7 +8,8 @@ use std::io::Write as _;
 pub fn say(message: &str) {
     let mut text = format!("bv: {message}\n");
     if terminal::is_raw() {
-        text = text.replace('\n', "\r\n");
+        // The cursor is wherever the guest left it.
+        text = format!("\r\n{}", text.replace('\n', "\r\n"));
     }
     // Nobody is left to hear that standard error is gone.
     drop(std::io::stderr().write_all(text.as_bytes()));

@@ -96,20 +96,23 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     } else {
         None
     };
-    let notify = &mut |notice: Notice<'_>| say(&describe(&notice));
+    let notify = &mut |notice: Notice<'_>| say(&describe(&notice, arguments.no_reboot));
     let outcome = machine.run(Host { signals: Some(signals), grace: GRACE, notify });
-    drop(raw);
     match outcome {
         Ok(Outcome::Stopped(StopCause::Signal)) => say("stopped the machine by force"),
         Ok(Outcome::Stopped(StopCause::Escape)) => say("left; the machine was stopped"),
         _ => {}
     }
+    drop(raw);
     Ok(outcome?)
 }
 
-fn describe(notice: &Notice<'_>) -> String {
+fn describe(notice: &Notice<'_>, no_reboot: bool) -> String {
     match notice {
-        Notice::TripleFault(fault) => fault.to_string(),
+        Notice::TripleFault(fault) if no_reboot => fault.to_string(),
+        Notice::TripleFault(fault) => {
+            format!("{fault}\n  the machine resets; --no-reboot ends it instead")
+        }
         Notice::PowerButton(grace) => format!(
             "asked the guest to switch off; it has {} seconds (signal again to stop it now)",
             grace.as_secs()

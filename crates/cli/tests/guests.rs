@@ -14,7 +14,7 @@ use rustix::termios::{LocalModes, tcgetattr};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::process::Child;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 #[test]
@@ -81,6 +81,20 @@ fn a_triple_fault_prints_the_registers_and_fails_where_it_shall_not_reboot() {
     for word in ["triple fault", "rip 00000000001000", "cr0", "idt", "code at rip: 0f 0b"] {
         assert!(messages(&output).contains(word), "{word} in\n{}", messages(&output));
     }
+}
+
+#[test]
+fn hello_says_what_it_found_echoes_what_is_typed_and_switches_off() {
+    let mut command = bv(&["run", "hello", "--memory", "64MiB", "--cpus", "2"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"how are you\npoweroff\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", messages(&output));
+    let text = String::from_utf8_lossy(&output.stdout);
+    for word in ["64-bit long mode", "CPUs     2", "64 MiB", "\nhow are you"] {
+        assert!(text.contains(word), "{word:?} in\n{text}");
+    }
+    assert!(output.stderr.is_empty(), "{}", messages(&output));
 }
 
 /// A pseudoterminal: the end of the terminal program, and the end of the user's programs.
