@@ -7,7 +7,9 @@
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::execute::Done;
+use crate::mmu::{As, Want};
 use crate::mode::{MmuIndex, Mode};
+use crate::operand::segment_name;
 use iced_x86::{CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpKind};
 use std::arch::asm;
 use std::sync::OnceLock;
@@ -17,8 +19,23 @@ pub(crate) const MXCSR: usize = 24;
 const MXCSR_MASK: usize = 28;
 const ST: usize = 32;
 pub(crate) const XMM: usize = 160;
-/// Bits of MXCSR that this CPU has: all sixteen.
-pub(crate) const MXCSR_BITS: u32 = 0xffff;
+
+/// Bits of MXCSR that the host has: LDMXCSR runs natively and allows just these
+/// (Intel SDM 1 11.6.6).
+pub(crate) fn mxcsr_bits() -> u32 {
+    static BITS: OnceLock<u32> = OnceLock::new();
+    *BITS.get_or_init(|| {
+        let mut image = Image([0; 1024]);
+        // SAFETY: the image is aligned and large enough; FXSAVE changes no register.
+        unsafe { asm!("fxsave64 [{}]", in(reg) image.0.as_mut_ptr(), options(nostack)) };
+        let b = &image.0;
+        let bits = [b[MXCSR_MASK], b[MXCSR_MASK + 1], b[MXCSR_MASK + 2], b[MXCSR_MASK + 3]];
+        match u32::from_le_bytes(bits) {
+            0 => 0xffbf,
+            bits => bits,
+        }
+    })
+}
 
 /// What an instruction needs of the control registers.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -168,7 +185,7 @@ pub(crate) fn mxcsr(cpu: &mut Cpu, insn: &Instruction) -> Done {
         cpu.set_operand(insn, 0, value, 4)?;
     } else {
         let value = cpu.operand(insn, 0, 4)? as u32;
-        if value & !MXCSR_BITS != 0 {
+        if value & !mxcsr_bits() != 0 {
             return Err(Exception::GP0);
         }
         cpu.area.0[MXCSR..MXCSR + 4].copy_from_slice(&value.to_le_bytes());
@@ -191,6 +208,24 @@ pub fn reset_host_x87() {
     unsafe { asm!("fninit", options(nomem, nostack)) };
 }
 
+/// Linear address of an image in memory, its first and last byte known to be there: CPUs look at
+/// those before anything else, and name the last one where only its page is missing.
+fn image_address(
+    cpu: &mut Cpu,
+    insn: &Instruction,
+    length: usize,
+    write: bool,
+) -> Result<u64, Exception> {
+    let offset = cpu.offset_of(insn);
+    let name = segment_name(insn.memory_segment());
+    let address = cpu.linear(name, offset, length as u64, write)?;
+    let last = address.wrapping_add(length as u64 - 1) & cpu.address_mask();
+    let want = if write { Want::Write } else { Want::Read };
+    cpu.translate(address, want, As::Current)?;
+    cpu.translate(last, want, As::Current)?;
+    Ok(address)
+}
+
 /// Bytes of the environment in 16- and 32-bit format.
 const ENVIRONMENT16: usize = 14;
 const ENVIRONMENT32: usize = 28;
@@ -206,13 +241,15 @@ pub(crate) fn environment(cpu: &mut Cpu, insn: &Instruction) -> Done {
     let length = header + if whole { 80 } else { 0 };
     let mut image = [0u8; 108];
     let unit = if narrow { 2 } else { 4 };
-    if cpu.mode.mmu() == MmuIndex::Aligned && !cpu.offset_of(insn).is_multiple_of(unit) {
+    let load = matches!(insn.mnemonic(), M::Fldenv | M::Frstor);
+    let address = image_address(cpu, insn, length, !load)?;
+    if cpu.mode.mmu() == MmuIndex::Aligned && !address.is_multiple_of(unit) {
         return Err(Exception::ALIGNMENT);
     }
-    if matches!(insn.mnemonic(), M::Fldenv | M::Frstor) {
+    if load {
         check_pending()?;
         let mut data = [0u8; 108];
-        cpu.load_block(insn, &mut data[..length])?;
+        cpu.load(address, &mut data[..length], As::Current)?;
         for word in 0..3 {
             let step = header / 7;
             image[4 * word..4 * word + 2].copy_from_slice(&data[step * word..step * word + 2]);
@@ -230,10 +267,7 @@ pub(crate) fn environment(cpu: &mut Cpu, insn: &Instruction) -> Done {
         return Ok(Flow::Next);
     }
     // The store must be sure to succeed, because FNSAVE also clears the registers.
-    let offset = cpu.offset_of(insn);
-    let name = crate::operand::segment_name(insn.memory_segment());
-    let address = cpu.linear(name, offset, length as u64, true)?;
-    cpu.probe_store(address, length, crate::mmu::As::Current)?;
+    cpu.probe_store(address, length, As::Current)?;
     // SAFETY: as above; both write at most 108 bytes.
     unsafe {
         if whole {
@@ -255,36 +289,38 @@ pub(crate) fn environment(cpu: &mut Cpu, insn: &Instruction) -> Done {
         }
     }
     data[header..header + 80].copy_from_slice(&image[ENVIRONMENT32..]);
-    cpu.store(address, &data[..length], crate::mmu::As::Current)?;
+    cpu.store(address, &data[..length], As::Current)?;
     Ok(Flow::Next)
 }
 
 /// FXSAVE and FXRSTOR.
 pub(crate) fn fx(cpu: &mut Cpu, insn: &Instruction) -> Done {
     fpu_allowed(cpu.mode, insn)?;
-    let offset = cpu.offset_of(insn);
-    let name = crate::operand::segment_name(insn.memory_segment());
     let save = matches!(insn.mnemonic(), M::Fxsave | M::Fxsave64);
+    let offset = cpu.offset_of(insn);
+    let name = segment_name(insn.memory_segment());
     let address = cpu.linear(name, offset, 512, save)?;
     if address & 15 != 0 {
-        return Err(Exception::GP0);
+        let aligned = cpu.mode.mmu() == MmuIndex::Aligned;
+        return Err(if aligned { Exception::ALIGNMENT } else { Exception::GP0 });
     }
+    image_address(cpu, insn, 512, save)?;
     // Outside 64-bit mode there are eight XMM registers.
     let end = XMM + if cpu.mode.is_64() { 256 } else { 128 };
-    let who = crate::mmu::As::Current;
+    let who = As::Current;
     let mut image = [0u8; 512];
     if save {
         cpu.probe_store(address, 512, who)?;
         x87_to_area(cpu);
         image[..end].copy_from_slice(&cpu.area.0[..end]);
-        image[MXCSR_MASK..MXCSR_MASK + 4].copy_from_slice(&MXCSR_BITS.to_le_bytes());
+        image[MXCSR_MASK..MXCSR_MASK + 4].copy_from_slice(&mxcsr_bits().to_le_bytes());
         // The last 96 bytes are software's and stay as they are in memory.
         cpu.store(address, &image[..end], who)?;
         return Ok(Flow::Next);
     }
     cpu.load(address, &mut image, who)?;
     let mxcsr = u32::from_le_bytes([image[24], image[25], image[26], image[27]]);
-    if mxcsr & !MXCSR_BITS != 0 {
+    if mxcsr & !mxcsr_bits() != 0 {
         return Err(Exception::GP0);
     }
     let area = &mut cpu.area.0;

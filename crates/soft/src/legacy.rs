@@ -38,19 +38,26 @@ fn overflow(al: u8, by: u8, result: u8, subtract: bool) -> u64 {
     if same & (al ^ result) & 0x80 != 0 { rflags::OF } else { 0 }
 }
 
-/// AAA (`subtract` clear) and AAS (set).
+/// AAA (`subtract` clear) and AAS (set): their flags are those of 16 bits.
 fn ascii_adjust(ax: u16, before: u64, subtract: bool) -> Adjusted {
-    let old = ax as u8;
-    let carry = old & 0xf > 9 || before & rflags::AF != 0;
-    let by = if carry { 6 } else { 0 };
-    let al = if subtract { old.wrapping_sub(by) } else { old.wrapping_add(by) };
-    let ax = match (carry, subtract) {
-        (true, false) => ax.wrapping_add(0x106),
-        (true, true) => ax.wrapping_sub(0x106),
-        _ => ax,
-    } & 0xff0f;
-    let carry = if carry { rflags::AF | rflags::CF } else { 0 };
-    (ax, byte_flags(al) | carry | overflow(old, by, al, subtract))
+    let carry = ax & 0xf > 9 || before & rflags::AF != 0;
+    let by = if carry { 0x106 } else { 0 };
+    let full = if subtract { ax.wrapping_sub(by) } else { ax.wrapping_add(by) };
+    let [low, high] = full.to_le_bytes();
+    let mut result = byte_flags(low) & rflags::PF;
+    if full == 0 {
+        result |= rflags::ZF;
+    }
+    result |= byte_flags(high) & rflags::SF;
+    // 0106H is positive, so only the sign of AX can overflow.
+    let from = if subtract { ax & !full } else { !ax & full };
+    if from >> 15 != 0 {
+        result |= rflags::OF;
+    }
+    if carry {
+        result |= rflags::AF | rflags::CF;
+    }
+    (full & 0xff0f, result)
 }
 
 /// DAA and DAS.

@@ -162,18 +162,6 @@ impl Cpu {
         self.store(address, data, crate::mmu::As::Current)
     }
 
-    /// Reads a whole memory operand of any length.
-    pub(crate) fn load_block(
-        &mut self,
-        insn: &Instruction,
-        data: &mut [u8],
-    ) -> Result<(), Exception> {
-        let offset = self.offset_of(insn);
-        let name = segment_name(insn.memory_segment());
-        let address = self.linear(name, offset, data.len() as u64, false)?;
-        self.load(address, data, crate::mmu::As::Current)
-    }
-
     /// Sets or clears bits of RFLAGS.
     pub(crate) fn set_flag(&mut self, bits: u64, on: bool) {
         self.rflags = if on { self.rflags | bits } else { self.rflags & !bits };

@@ -104,6 +104,7 @@ pub(crate) fn sysenter(cpu: &mut Cpu) -> Done {
 /// SYSEXIT.
 pub(crate) fn sysexit(cpu: &mut Cpu, insn: &Instruction) -> Done {
     if cpu.long_mode() && crate::cpuid::amd(cpu) {
+        cpu.need_cpl0()?;
         return Err(Exception::INVALID_OPCODE);
     }
     let selector = cpu.sys.sysenter_cs as u16 & 0xfffc;

@@ -5,6 +5,7 @@ use crate::exception::{Exception, Flow};
 use crate::execute::Done;
 use crate::fpu::{XMM, check_pending, fpu_allowed, x87_from_area, x87_to_area};
 use crate::mmu::As;
+use crate::mode::MmuIndex;
 use crate::operand::segment_name;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
@@ -43,9 +44,25 @@ fn selected(mask: &[u8; 32], n: usize, size: usize) -> bool {
     mask.get((n + 1) * size - 1).is_some_and(|b| b >> 7 != 0)
 }
 
+/// Runs `body` with alignment checks off: these instructions do not make them.
+fn unaligned(cpu: &mut Cpu, body: impl FnOnce(&mut Cpu) -> Done) -> Done {
+    let mode = cpu.mode;
+    if mode.mmu() == MmuIndex::Aligned {
+        // The same rights, without the checks: the index is in bits 5 and 6.
+        cpu.mode.0 &= !((MmuIndex::Aligned as u32) << 5);
+    }
+    let flow = body(cpu);
+    cpu.mode = mode;
+    flow
+}
+
 /// All masked moves.
 pub(crate) fn masked_move(cpu: &mut Cpu, insn: &Instruction) -> Done {
     fpu_allowed(cpu.mode, insn)?;
+    unaligned(cpu, |cpu| any_masked_move(cpu, insn))
+}
+
+fn any_masked_move(cpu: &mut Cpu, insn: &Instruction) -> Done {
     match insn.mnemonic() {
         M::Maskmovq => masked_mmx_store(cpu, insn),
         M::Maskmovdqu | M::Vmaskmovdqu => {
@@ -114,14 +131,14 @@ fn masked_mmx_store(cpu: &mut Cpu, insn: &Instruction) -> Done {
         bytes
     };
     let (data, mask) = (mmx(insn.op1_register()), mmx(insn.op2_register()));
-    let flow = masked_store(cpu, insn, &data, &mask, 8, 1)?;
-    // TOP becomes 0; stack positions turn with it, so that MM0 stays physical register 0.
+    // TOP becomes 0; stack positions turn with it, so that MM0 stays physical register 0. This
+    // happens even if the store faults, as on CPUs.
     let area = &mut cpu.area.0;
     area[32..160].rotate_right(16 * top);
     area[3] &= !0x38;
     area[4] = 0xff;
     x87_from_area(cpu);
-    Ok(flow)
+    masked_store(cpu, insn, &data, &mask, 8, 1)
 }
 
 fn masked_load(cpu: &mut Cpu, insn: &Instruction, size: usize) -> Done {
@@ -140,6 +157,10 @@ fn masked_load(cpu: &mut Cpu, insn: &Instruction, size: usize) -> Done {
 /// VGATHER and VPGATHER: a fault leaves the elements gathered so far, with their mask bits clear.
 pub(crate) fn gather(cpu: &mut Cpu, insn: &Instruction) -> Done {
     fpu_allowed(cpu.mode, insn)?;
+    unaligned(cpu, |cpu| gather_elements(cpu, insn))
+}
+
+fn gather_elements(cpu: &mut Cpu, insn: &Instruction) -> Done {
     let (target, mask_register) = (insn.op0_register(), insn.op2_register());
     let index = insn.memory_index();
     let numbers = [target.number(), mask_register.number(), index.number()];
@@ -160,6 +181,7 @@ pub(crate) fn gather(cpu: &mut Cpu, insn: &Instruction) -> Done {
     let mut mask = read_vector(cpu, mask_register);
     for n in 0..count {
         if !selected(&mask, n, size) {
+            set_element(&mut mask, n, size, 0);
             continue;
         }
         let offset = cpu.element_offset(insn, 1, n, |_, i, _| element(&indexes, i, index_size));

@@ -3,7 +3,7 @@
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::execute::Done;
-use crate::fpu::{MXCSR, MXCSR_BITS, XMM, x87_from_area, x87_to_area};
+use crate::fpu::{MXCSR, XMM, mxcsr_bits, x87_from_area, x87_to_area};
 use crate::mmu::As;
 use crate::operand::segment_name;
 use arch::registers::gpr::{RAX, RDX};
@@ -67,7 +67,7 @@ pub(crate) fn save(cpu: &mut Cpu, insn: &Instruction) -> Done {
     }
     if has(xcr0::SSE) || has(xcr0::AVX) {
         write_part(cpu, address, MXCSR, MXCSR + 4)?;
-        let mask = MXCSR_BITS.to_le_bytes();
+        let mask = mxcsr_bits().to_le_bytes();
         cpu.store(address + MXCSR as u64 + 4, &mask, As::Current)?;
     }
     let bytes = vector_bytes(cpu);
@@ -113,7 +113,7 @@ pub(crate) fn restore(cpu: &mut Cpu, insn: &Instruction) -> Done {
     // The compacted form takes MXCSR with the SSE component only.
     let control = if compact { loads(xcr0::SSE) } else { vectors };
     let mxcsr = word(MXCSR) as u32;
-    if control && mxcsr & !MXCSR_BITS != 0 {
+    if control && mxcsr & !mxcsr_bits() != 0 {
         return Err(Exception::GP0);
     }
     if loads(xcr0::AVX) {
