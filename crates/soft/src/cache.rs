@@ -3,7 +3,7 @@
 use crate::codemem::CodeMemory;
 use crate::cpu::{CELLS, Cpu, JUMP_CACHE_ENTRIES, jump_slot};
 use crate::emit::{EdgeKind, Emitted, FlagsIn, Position};
-use crate::mode::Mode;
+use crate::mode::{MmuIndex, Mode};
 use crate::translate::flags::Flags;
 use crate::vm::{Written, pending};
 use engine::EngineError;
@@ -100,10 +100,12 @@ pub struct CodeCache {
     cells: u32,
     map: HashMap<Key, BlockId, BuildHasherDefault<Mix>>,
     pages: HashMap<u64, PageCode, BuildHasherDefault<Mix>>,
-    /// Far edges whose cells are filled.
-    far: Vec<u32>,
+    /// Far edges whose cells are filled, and whether the target's page is global.
+    far: Vec<(u32, bool)>,
     /// Translated code was invalidated since this was last cleared.
     pub touched: bool,
+    /// How often everything was thrown away: numbers of blocks and edges are void after it.
+    pub flushes: u64,
     /// Pages that other vCPUs may still write to unnoticed, with the number of answers due.
     pub unsure: Vec<(u64, u32)>,
 }
@@ -123,6 +125,7 @@ impl CodeCache {
             pages: HashMap::default(),
             far: Vec::new(),
             touched: false,
+            flushes: 0,
             unsure: Vec::new(),
         })
     }
@@ -205,7 +208,7 @@ impl CodeCache {
     /// Makes an edge jump straight to a block. If the code there has changed since the edge was
     /// made, and now wants flags that the edge does not keep, the edge's own block is thrown away
     /// instead, to be translated anew.
-    pub fn link(&mut self, edge: u32, target: BlockId, cells: &mut [u64; CELLS]) {
+    pub fn link(&mut self, edge: u32, target: BlockId, global: bool, cells: &mut [u64; CELLS]) {
         let Some(&Edge { block, kind, live, .. }) = self.edges.get(edge as usize) else { return };
         if self.blocks.get(target as usize).is_some_and(|to| to.live_in & !live != 0) {
             self.kill(block, cells);
@@ -225,7 +228,7 @@ impl CodeCache {
                 if let Some(slot) = cells.get_mut(cell as usize) {
                     *slot = to.entry;
                 }
-                self.far.push(edge);
+                self.far.push((edge, global));
             }
         }
         to.incoming.push(edge);
@@ -247,11 +250,18 @@ impl CodeCache {
         }
     }
 
-    /// Empties the cells of all far edges: translations of guest addresses have changed.
-    pub fn unlink_far(&mut self, cells: &mut [u64; CELLS]) {
-        for edge in std::mem::take(&mut self.far) {
+    /// Empties the cells of far edges: translations of guest addresses have changed, those of
+    /// global pages only if `all`.
+    pub fn unlink_far(&mut self, all: bool, cells: &mut [u64; CELLS]) {
+        let mut far = std::mem::take(&mut self.far);
+        far.retain(|&(edge, global)| {
+            if global && !all {
+                return true;
+            }
             self.unlink(edge, cells);
-        }
+            false
+        });
+        self.far = far;
     }
 
     /// Throws a block away; returns its guest address.
@@ -332,6 +342,7 @@ impl CodeCache {
         self.pages.clear();
         self.far.clear();
         self.unsure.clear();
+        self.flushes += 1;
         self.touched = true;
     }
 }
@@ -370,9 +381,19 @@ impl Cpu {
 
     /// Empties the jump caches and far links.
     pub fn flush_jump_caches(&mut self) {
-        self.cache.unlink_far(&mut self.cells);
-        for cache in &mut self.jumps {
-            cache.pcs = EMPTY_JUMPS;
+        self.cache.unlink_far(true, &mut self.cells);
+        for mmu in 0..MmuIndex::COUNT {
+            self.empty_jumps(mmu);
+        }
+    }
+
+    /// The same for what leads to pages that are not global.
+    pub fn flush_jumps_non_global(&mut self) {
+        self.cache.unlink_far(false, &mut self.cells);
+        for mmu in 0..MmuIndex::COUNT {
+            if self.jumps_volatile[mmu] {
+                self.empty_jumps(mmu);
+            }
         }
     }
 
@@ -380,6 +401,7 @@ impl Cpu {
     pub fn empty_jumps(&mut self, mmu: usize) {
         if let Some(cache) = self.jumps.get_mut(mmu) {
             cache.pcs = EMPTY_JUMPS;
+            self.jumps_volatile[mmu] = false;
         }
     }
 

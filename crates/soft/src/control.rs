@@ -127,7 +127,7 @@ fn set_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
         }
     }
     cpu.sys.cr3 = value;
-    cpu.flush_tlb();
+    cpu.flush_tlb_non_global();
     Ok(())
 }
 

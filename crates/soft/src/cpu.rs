@@ -169,6 +169,8 @@ pub struct Cpu {
     pub mode: Mode,
     /// Modes of the entries in `jumps`.
     pub jump_modes: [Mode; MmuIndex::COUNT],
+    /// Which of `jumps` hold addresses of pages that are not global.
+    pub jumps_volatile: [bool; MmuIndex::COUNT],
     /// Guest-linear to physical, for instruction fetches.
     pub exec_tlb: ExecTlb,
     /// Translated code.
@@ -294,12 +296,14 @@ impl Cpu {
 
     fn segment_classes(&self, code: CodeSize, real: bool) -> [SegmentClass; 6] {
         let mut classes = [SegmentClass::Flat; 6];
+        if code == CodeSize::Bits64 {
+            classes[SegmentName::Fs as usize] = SegmentClass::Based;
+            classes[SegmentName::Gs as usize] = SegmentClass::Based;
+            return classes;
+        }
         for name in SegmentName::ALL {
             let segment = self.segment(name);
-            let has_base = matches!(name, SegmentName::Fs | SegmentName::Gs);
-            classes[name as usize] = if code == CodeSize::Bits64 {
-                if has_base { SegmentClass::Based } else { SegmentClass::Flat }
-            } else if segment.limit != u32::MAX
+            classes[name as usize] = if segment.limit != u32::MAX
                 || (!real && (segment.expand_down() || !segment.readable()))
                 || (!real && name != SegmentName::Cs && !segment.writable())
             {

@@ -3,6 +3,7 @@
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::thunks::exit;
+use crate::translate::classify::{Class, classify};
 use arch::SegmentName;
 use iced_x86::Instruction;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -152,10 +153,7 @@ pub extern "sysv64" fn execute(cpu: *mut Cpu, insn: *const Instruction) -> u32 {
         cpu.unpack_flags();
         cpu.exit = exit::HELPER;
         cpu.cache.touched = false;
-        let flow = match crate::near::handles(insn) {
-            true => crate::near::execute(cpu, insn),
-            false => crate::execute::execute(cpu, insn),
-        };
+        let flow = dispatch(cpu, insn);
         match flow {
             Ok(Flow::Next) if !cpu.cache.touched => {
                 cpu.pack_flags();
@@ -172,4 +170,16 @@ pub extern "sysv64" fn execute(cpu: *mut Cpu, insn: *const Instruction) -> u32 {
         cpu.cache.touched = false;
         0
     })
+}
+
+fn dispatch(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Exception> {
+    match classify(insn) {
+        Class::Invalid => Err(Exception::INVALID_OPCODE),
+        Class::Helper | Class::HelperEnd | Class::ReadTsc => crate::execute::execute(cpu, insn),
+        // A native class comes here only where the FPU is not to be used: that is the exception.
+        Class::Native | Class::NativeVector => {
+            crate::fpu::fpu_allowed(cpu.mode, insn).map(|()| Flow::Next)
+        }
+        class => crate::near::execute(cpu, insn, class),
+    }
 }

@@ -29,6 +29,8 @@ pub struct Tlb {
     pub tables: [[[TlbEntry; TLB_ENTRIES]; 2]; MmuIndex::COUNT],
     /// For each table, whether it holds anything: what makes flushing an unused one free.
     pub used: [[bool; 2]; MmuIndex::COUNT],
+    /// For each table, a bit for each slot that holds a global page.
+    pub global: [[[u64; TLB_ENTRIES / 64]; 2]; MmuIndex::COUNT],
 }
 
 const EMPTY: [TlbEntry; TLB_ENTRIES] = {
@@ -48,6 +50,25 @@ impl Tlb {
             for (table, used) in tables.iter_mut().zip(used) {
                 if std::mem::take(used) {
                     *table = EMPTY;
+                }
+            }
+        }
+    }
+
+    /// Forgets all pages that are not global.
+    pub fn flush_non_global(&mut self) {
+        for mmu in 0..MmuIndex::COUNT {
+            for write in 0..2 {
+                if !self.used[mmu][write] {
+                    continue;
+                }
+                let global = self.global[mmu][write];
+                self.used[mmu][write] = global.iter().any(|word| *word != 0);
+                let table = &mut self.tables[mmu][write];
+                for (slot, entry) in table.iter_mut().enumerate() {
+                    if global[slot / 64] >> (slot % 64) & 1 == 0 {
+                        *entry = EMPTY[slot];
+                    }
                 }
             }
         }
@@ -92,11 +113,22 @@ impl Tlb {
         (offset < 4096).then(|| entry.host + offset)
     }
 
-    fn fill(&mut self, mmu: MmuIndex, write: bool, address: u64, host: u64) {
-        self.used[mmu as usize][usize::from(write)] = true;
-        self.tables[mmu as usize][usize::from(write)][slot(address)] =
-            TlbEntry { tag: address & !0xfff, host };
+    fn fill(&mut self, mmu: MmuIndex, write: bool, address: u64, page: Page) {
+        let (mmu, write, slot) = (mmu as usize, usize::from(write), slot(address));
+        self.used[mmu][write] = true;
+        self.tables[mmu][write][slot] = TlbEntry { tag: address & !0xfff, host: page.host };
+        let bit = 1 << (slot % 64);
+        match page.global {
+            true => self.global[mmu][write][slot / 64] |= bit,
+            false => self.global[mmu][write][slot / 64] &= !bit,
+        }
     }
+}
+
+/// A page to fill in.
+struct Page {
+    host: u64,
+    global: bool,
 }
 
 #[inline]
@@ -106,17 +138,49 @@ fn slot(address: u64) -> usize {
 
 /// Translations of pages from which instructions were fetched.
 pub struct ExecTlb {
-    entries: [(u64, u64); 256],
+    entries: [ExecEntry; 256],
+    /// A filter of the pages fetched from since the last flush: bit `page % 4096`.
+    fetched: [u64; 64],
+}
+
+#[derive(Clone, Copy)]
+struct ExecEntry {
+    /// Linear page, with bit 1 set for CPL 3; bit 0 marks an empty entry.
+    key: u64,
+    physical: u64,
+    global: bool,
 }
 
 impl ExecTlb {
+    const EMPTY: ExecEntry = ExecEntry { key: 1, physical: 0, global: false };
+
     /// An empty one.
     pub const fn new() -> Self {
-        Self { entries: [(1, 0); 256] }
+        Self { entries: [Self::EMPTY; 256], fetched: [0; 64] }
     }
+
     /// Forgets everything.
     pub fn flush(&mut self) {
-        self.entries = [(1, 0); 256];
+        *self = Self::new();
+    }
+
+    /// Forgets all pages that are not global. What links to global ones stays.
+    pub fn flush_non_global(&mut self) {
+        for entry in self.entries.iter_mut().filter(|e| !e.global) {
+            *entry = Self::EMPTY;
+        }
+    }
+
+    /// Whether the page may have been fetched from since the last flush.
+    pub fn may_know(&self, address: u64) -> bool {
+        let page = address >> 12;
+        self.fetched[(page >> 6 & 63) as usize] >> (page & 63) & 1 != 0
+    }
+
+    fn fill(&mut self, slot: usize, entry: ExecEntry) {
+        let page = entry.key >> 12;
+        self.fetched[(page >> 6 & 63) as usize] |= 1 << (page & 63);
+        self.entries[slot] = entry;
     }
 }
 
@@ -152,6 +216,8 @@ pub enum As {
 pub struct Translation {
     /// Guest-physical address, with the offset of the linear one.
     pub physical: u64,
+    /// The page is global: it survives a write to CR3 (Intel SDM 3A 4.10.2.4).
+    pub global: bool,
 }
 
 /// Error-code bits of #PF (Intel SDM 3A 4.7).
@@ -174,6 +240,7 @@ const USER: u64 = 4;
 const ACCESSED: u64 = 32;
 const DIRTY: u64 = 64;
 const LARGE: u64 = 128;
+const GLOBAL: u64 = 256;
 const NO_EXECUTE: u64 = 1 << 63;
 /// Bits of a physical address that this CPU has (CPUID 8000_0008H says the same).
 pub const PHYSICAL_BITS: u32 = 48;
@@ -200,7 +267,7 @@ impl Cpu {
         who: As,
     ) -> Result<Translation, Exception> {
         if !self.paging() {
-            return Ok(Translation { physical: address });
+            return Ok(Translation { physical: address, global: false });
         }
         let user = who == As::Current && self.sys.cpl == 3;
         let ac = who == As::Current && self.rflags & arch::registers::rflags::AC != 0;
@@ -264,7 +331,7 @@ impl Cpu {
                 set_used(slot, entry, request.want == Want::Write);
                 let offset = (1u64 << (12 + 9 * (level - 1))) - 1;
                 let physical = (entry & ADDRESS & !offset) | (address & offset);
-                return Ok(Translation { physical });
+                return Ok(Translation { physical, global: self.is_global(entry) });
             }
             if entry & ACCESSED == 0 {
                 slot.fetch_or(ACCESSED, Ordering::AcqRel);
@@ -291,7 +358,7 @@ impl Cpu {
             // PSE-36: bits 13–20 of the entry are bits 32–39 of the address.
             let physical =
                 (entry & 0xffc0_0000) | (entry >> 13 & 0xff) << 32 | (address & 0x3f_ffff);
-            return Ok(Translation { physical });
+            return Ok(Translation { physical, global: self.is_global(entry) });
         }
         if entry & ACCESSED == 0 {
             slot.fetch_or(ACCESSED as u32, Ordering::AcqRel);
@@ -306,7 +373,11 @@ impl Cpu {
         self.check_rights(rights, false, request)?;
         set_used_32(slot, leaf as u32, request.want == Want::Write);
         let physical = (leaf & 0xffff_f000) | (address & 0xfff);
-        Ok(Translation { physical })
+        Ok(Translation { physical, global: self.is_global(leaf) })
+    }
+
+    fn is_global(&self, entry: u64) -> bool {
+        entry & GLOBAL != 0 && self.sys.cr4 & cr4::PGE != 0
     }
 
     /// Intel SDM 3A 4.6.1.
@@ -348,7 +419,7 @@ impl Cpu {
         if write && (page.read_only || page.code.load(Ordering::SeqCst) != 0) {
             return Ok(None);
         }
-        self.tlb.fill(mmu, write, address, host);
+        self.tlb.fill(mmu, write, address, Page { host, global: translation.global });
         Ok(Some(host + (address & 0xfff)))
     }
 
@@ -359,13 +430,20 @@ impl Cpu {
     pub fn translate_fetch(&mut self, address: u64) -> Result<u64, Exception> {
         let key = (address & !0xfff) | u64::from(self.sys.cpl == 3) << 1;
         let slot = (address >> 12) as usize & 255;
-        let (tag, page) = self.exec_tlb.entries[slot];
-        if tag == key {
-            return Ok(page | (address & 0xfff));
+        let entry = self.exec_tlb.entries[slot];
+        if entry.key == key {
+            return Ok(entry.physical | (address & 0xfff));
         }
-        let physical = self.translate(address, Want::Execute, As::Current)?.physical;
-        self.exec_tlb.entries[slot] = (key, physical & !0xfff);
+        let Translation { physical, global } =
+            self.translate(address, Want::Execute, As::Current)?;
+        self.exec_tlb.fill(slot, ExecEntry { key, physical: physical & !0xfff, global });
         Ok(physical)
+    }
+
+    /// Whether the page of an instruction that was just fetched is global.
+    pub fn fetched_from_global(&self, address: u64) -> bool {
+        let entry = self.exec_tlb.entries[(address >> 12) as usize & 255];
+        entry.key & !0xfff == address & !0xfff && entry.global
     }
 
     /// Forgets all translations, as MOV to CR3 and changes of paging mode do.
@@ -375,11 +453,20 @@ impl Cpu {
         self.flush_jump_caches();
     }
 
+    /// Forgets translations of pages that are not global, as MOV to CR3 does.
+    pub fn flush_tlb_non_global(&mut self) {
+        self.tlb.flush_non_global();
+        self.exec_tlb.flush_non_global();
+        self.flush_jumps_non_global();
+    }
+
     /// INVLPG.
     pub fn flush_tlb_page(&mut self, address: u64) {
         self.tlb.flush_page(address);
-        self.exec_tlb.flush();
-        self.flush_jump_caches();
+        if self.exec_tlb.may_know(address) {
+            self.exec_tlb.flush();
+            self.flush_jump_caches();
+        }
     }
 }
 

@@ -8,28 +8,14 @@ use crate::translate::classify::{Class, classify};
 use arch::registers::gpr::RBP;
 use iced_x86::{Instruction, OpKind};
 
-/// Whether `execute` below is for this instruction.
-pub fn handles(insn: &Instruction) -> bool {
-    matches!(
-        classify(insn),
-        Class::Push
-            | Class::PushMemory
-            | Class::Pop
-            | Class::Leave
-            | Class::Call
-            | Class::CallIndirect
-            | Class::Return
-    )
-}
-
 /// Executes one of them.
 ///
 /// # Errors
 /// Stack and operand faults, with nothing changed.
-pub fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Exception> {
+pub fn execute(cpu: &mut Cpu, insn: &Instruction, class: Class) -> Result<Flow, Exception> {
     let size = operand_size(insn);
     let mut stack = Stack::current(cpu);
-    match classify(insn) {
+    match class {
         Class::Push | Class::PushMemory => {
             let value = cpu.operand(insn, 0, size)?;
             stack.push(cpu, value, size)?;

@@ -119,9 +119,12 @@ fn cycle(cpu: &mut Cpu) -> Result<Halt, EngineError> {
 /// Runs translated code from `rip` on, following and linking its exits, until something else than
 /// the end of a block comes up.
 fn stretch(cpu: &mut Cpu) -> Result<(), EngineError> {
-    let Some(mut block) = find(cpu) else { return Ok(()) };
+    let Some(mut entry) = entry(cpu) else { return Ok(()) };
     loop {
-        enter(cpu, block);
+        cpu.pack_flags();
+        // SAFETY: `cpu` lies in its `CpuRegion` (made so by `SoftVcpu`), and the entry is that of
+        // a block for the present mode which is alive.
+        unsafe { thunks::enter(cpu, entry) };
         match cpu.exit {
             exit::EDGE => {
                 let edge = cpu.exit_detail as u32;
@@ -130,20 +133,20 @@ fn stretch(cpu: &mut Cpu) -> Result<(), EngineError> {
                 };
                 cpu.rip = target & cpu.ip_mask();
                 cpu.unpack_flags();
-                let flushed = cpu.cache.next_numbers();
+                let flushes = cpu.cache.flushes;
                 let Some(next) = find(cpu) else { return Ok(()) };
-                // A flush during translation renumbers everything.
-                if cpu.cache.next_numbers().0 >= flushed.0 {
-                    cpu.cache.link(edge, next, &mut cpu.cells);
+                if cpu.cache.flushes == flushes {
+                    let global = cpu.lasting(next);
+                    cpu.cache.link(edge, next, global, &mut cpu.cells);
                 }
-                block = next;
+                let Some(block) = cpu.cache.block(next) else { return Ok(()) };
+                entry = block.saved_entry;
             }
             exit::INDIRECT => {
                 cpu.rip = cpu.exit_detail & cpu.ip_mask();
                 cpu.unpack_flags();
-                let Some(next) = find(cpu) else { return Ok(()) };
-                cache_jump(cpu, next);
-                block = next;
+                let Some(next) = self::entry(cpu) else { return Ok(()) };
+                entry = next;
             }
             exit::SIGNAL => return signal(cpu),
             _ => return Ok(()),
@@ -152,6 +155,25 @@ fn stretch(cpu: &mut Cpu) -> Result<(), EngineError> {
             return Ok(());
         }
     }
+}
+
+/// The host address at which to enter the code at `rip`, from the jump cache if it is there, which
+/// else learns it; faults of the fetch are delivered.
+fn entry(cpu: &mut Cpu) -> Option<u64> {
+    let mmu = cpu.mode.mmu() as usize;
+    let slot = jump_slot(cpu.rip);
+    cpu.match_jump_mode(mmu);
+    if cpu.jumps[mmu].pcs[slot] == cpu.rip {
+        return Some(cpu.jumps[mmu].hosts[slot]);
+    }
+    let block = find(cpu)?;
+    let host = cpu.cache.block(block)?.saved_entry;
+    if !cpu.lasting(block) {
+        cpu.jumps_volatile[mmu] = true;
+    }
+    cpu.jumps[mmu].pcs[slot] = cpu.rip;
+    cpu.jumps[mmu].hosts[slot] = host;
+    Some(host)
 }
 
 /// Runs one instruction in step mode or in an interrupt shadow, with the debug traps that follow.
@@ -173,7 +195,11 @@ fn single(cpu: &mut Cpu) -> Result<(), EngineError> {
     cpu.update_mode();
     cpu.faulted = false;
     cpu.sys.debug_hits = 0;
-    enter(cpu, block);
+    let Some(entry) = cpu.cache.block(block).map(|b| b.saved_entry) else { return Ok(()) };
+    cpu.pack_flags();
+    // SAFETY: as in `stretch`; the block was made for the mode of a moment ago, which differs from
+    // the present one only in the interrupt shadow.
+    unsafe { thunks::enter(cpu, entry) };
     match cpu.exit {
         exit::EDGE => {
             let target = cpu.cache.edge_target(cpu.exit_detail as u32);
@@ -199,15 +225,6 @@ fn single(cpu: &mut Cpu) -> Result<(), EngineError> {
 
 /// The block at `rip`; faults of the fetch are delivered.
 fn find(cpu: &mut Cpu) -> Option<BlockId> {
-    let base = match cpu.mode.is_64() {
-        true => 0,
-        false => cpu.segment(SegmentName::Cs).base,
-    };
-    if base != cpu.jump_base {
-        // Links and jump caches hold offsets in CS, which now mean other addresses.
-        cpu.flush_jump_caches();
-        cpu.jump_base = base;
-    }
     match cpu.block_at(cpu.rip) {
         Ok(block) => Some(block),
         Err(exception) => {
@@ -216,32 +233,6 @@ fn find(cpu: &mut Cpu) -> Option<BlockId> {
             None
         }
     }
-}
-
-/// Makes indirect jumps find the block at `rip`.
-fn cache_jump(cpu: &mut Cpu, block: BlockId) {
-    let mmu = cpu.mode.mmu() as usize;
-    let Some(host) = cpu.cache.block(block).map(|b| b.saved_entry) else { return };
-    if cpu.jump_modes[mmu] != cpu.mode {
-        cpu.empty_jumps(mmu);
-        cpu.jump_modes[mmu] = cpu.mode;
-    }
-    let slot = jump_slot(cpu.rip);
-    cpu.jumps[mmu].pcs[slot] = cpu.rip;
-    cpu.jumps[mmu].hosts[slot] = host;
-}
-
-fn enter(cpu: &mut Cpu, block: BlockId) {
-    let mmu = cpu.mode.mmu() as usize;
-    if cpu.jump_modes[mmu] != cpu.mode {
-        cpu.empty_jumps(mmu);
-        cpu.jump_modes[mmu] = cpu.mode;
-    }
-    let Some(entry) = cpu.cache.block(block).map(|b| b.saved_entry) else { return };
-    cpu.pack_flags();
-    // SAFETY: `cpu` lies in its `CpuRegion` (made so by `SoftVcpu`), and the block is of the
-    // present mode's key and alive.
-    unsafe { thunks::enter(cpu, entry) };
 }
 
 /// A host signal stopped translated code: a poll, or a fault of the guest.
@@ -278,6 +269,29 @@ fn signal(cpu: &mut Cpu) -> Result<(), EngineError> {
 }
 
 impl Cpu {
+    /// Makes the jump cache `mmu` one of the present mode and code segment.
+    fn match_jump_mode(&mut self, mmu: usize) {
+        if self.jump_modes[mmu] != self.mode {
+            self.empty_jumps(mmu);
+            self.jump_modes[mmu] = self.mode;
+        }
+        let base = match self.mode.is_64() {
+            true => 0,
+            false => self.segment(SegmentName::Cs).base,
+        };
+        if base != self.jump_base {
+            // Links and jump caches hold offsets in CS, which now mean other addresses.
+            self.flush_jump_caches();
+            self.jump_base = base;
+        }
+    }
+
+    /// Whether a block that was just found at `rip` lies in global pages only.
+    fn lasting(&self, block: BlockId) -> bool {
+        self.fetched_from_global(self.rip)
+            && self.cache.block(block).is_some_and(|b| b.second_page.is_none())
+    }
+
     /// Looks at what other threads posted; says whether to return to the machine.
     fn attend(&mut self) -> bool {
         self.poll.store(&raw const POLL_QUIET as u64, Ordering::SeqCst);

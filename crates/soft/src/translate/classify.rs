@@ -5,8 +5,8 @@
 //! privileged nor able to show the host's state. Everything else goes to `execute`, which raises
 //! #UD for what the guest's CPU does not have.
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
-    InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
+    Code, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
+    Mnemonic, OpAccess, OpKind,
 };
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -54,6 +54,8 @@ pub enum Class {
     Helper,
     /// A Rust helper after which the block ends.
     HelperEnd,
+    /// Not an instruction of this CPU: #UD.
+    Invalid,
 }
 
 static CLASSES: [AtomicU8; 16384] = [const { AtomicU8::new(0) }; 16384];
@@ -75,7 +77,7 @@ pub fn classify(insn: &Instruction) -> Class {
 
 fn decode(value: u8) -> Option<Class> {
     use Class::*;
-    const ALL: [Class; 20] = [
+    const ALL: [Class; 21] = [
         Native,
         NativeVector,
         Nothing,
@@ -96,6 +98,7 @@ fn decode(value: u8) -> Option<Class> {
         ReadTsc,
         Helper,
         HelperEnd,
+        Invalid,
     ];
     ALL.get(usize::from(value).wrapping_sub(1)).copied()
 }
@@ -108,13 +111,13 @@ pub fn has_memory(insn: &Instruction) -> bool {
 fn compute(insn: &Instruction, memory: bool) -> Class {
     use Mnemonic as M;
     if insn.code() == Code::INVALID {
-        return Class::HelperEnd;
+        return Class::Invalid;
     }
     if hint(insn.mnemonic()) {
         return Class::Nothing;
     }
     if !offered(insn) {
-        return Class::HelperEnd;
+        return Class::Invalid;
     }
     if insn.flow_control() != FlowControl::Next {
         return control_flow(insn);
@@ -352,91 +355,13 @@ fn uses_vectors(insn: &Instruction) -> bool {
         })
 }
 
-/// Whether the guest's CPU has the instruction.
+/// Whether the guest's CPU has the instruction. (One that it has but the host has not raises #UD
+/// natively.)
 fn offered(insn: &Instruction) -> bool {
-    if matches!(
+    !matches!(
         insn.encoding(),
         EncodingKind::EVEX | EncodingKind::XOP | EncodingKind::D3NOW | EncodingKind::MVEX
-    ) {
-        return false;
-    }
-    insn.cpuid_features().iter().all(|f| feature_offered(*f))
-}
-
-fn feature_offered(feature: CpuidFeature) -> bool {
-    use CpuidFeature as F;
-    macro_rules! host {
-        ($name:tt) => {
-            std::arch::is_x86_feature_detected!($name)
-        };
-    }
-    match feature {
-        F::INTEL8086
-        | F::INTEL8086_ONLY
-        | F::INTEL186
-        | F::INTEL286
-        | F::INTEL286_ONLY
-        | F::INTEL386
-        | F::INTEL386_ONLY
-        | F::INTEL386_A0_ONLY
-        | F::INTEL486
-        | F::INTEL486_A_ONLY
-        | F::X64
-        | F::CPUID
-        | F::CX8
-        | F::CMOV
-        | F::FPU
-        | F::FPU287
-        | F::FPU387
-        | F::FXSR
-        | F::MMX
-        | F::MSR
-        | F::SEP
-        | F::SYSCALL
-        | F::TSC
-        | F::SSE
-        | F::SSE2
-        | F::PAUSE
-        | F::MULTIBYTENOP
-        | F::CLFSH
-        | F::PREFETCHW
-        | F::RDPMC
-        | F::SMM
-        | F::RDTSCP
-        | F::CET_IBT
-        | F::SMAP
-        | F::INVPCID => true,
-        F::SSE3 => host!("sse3"),
-        F::SSSE3 => host!("ssse3"),
-        F::SSE4_1 => host!("sse4.1"),
-        F::SSE4_2 => host!("sse4.2"),
-        F::SSE4A => host!("sse4a"),
-        F::POPCNT => host!("popcnt"),
-        F::AES => host!("aes"),
-        F::PCLMULQDQ => host!("pclmulqdq"),
-        F::SHA => host!("sha"),
-        F::MOVBE => host!("movbe"),
-        F::RDRAND => host!("rdrand"),
-        F::RDSEED => host!("rdseed"),
-        F::ADX => host!("adx"),
-        // TZCNT and LZCNT are BSF and BSR where the host does not know them, as for the guest.
-        F::LZCNT => true,
-        F::BMI1 => host!("bmi1"),
-        F::BMI2 => host!("bmi2"),
-        F::CMPXCHG16B => host!("cmpxchg16b"),
-        F::AVX => host!("avx"),
-        F::AVX2 => host!("avx2"),
-        F::FMA => host!("fma"),
-        F::F16C => host!("f16c"),
-        F::GFNI => host!("gfni"),
-        F::VAES => host!("vaes"),
-        F::VPCLMULQDQ => host!("vpclmulqdq"),
-        F::XSAVE => host!("xsave"),
-        F::XSAVEOPT => host!("xsaveopt"),
-        F::XSAVEC => host!("xsavec"),
-        F::FSGSBASE | F::RDPID | F::CLFLUSHOPT | F::CLWB => true,
-        _ => false,
-    }
+    ) && !crate::cpuid::hidden(insn)
 }
 
 /// How the instruction uses its explicit memory operand.

@@ -125,7 +125,7 @@ impl Cpu {
                     let mut invalid = Instruction::default();
                     invalid.set_len(1);
                     invalid.set_next_ip(key.pc + 1);
-                    steps.push(step(invalid, Class::HelperEnd));
+                    steps.push(step(invalid, Class::Invalid));
                 }
                 break;
             }
@@ -216,7 +216,7 @@ fn refine(insn: &Instruction, mode: Mode) -> Class {
 }
 
 fn ends(class: Class) -> bool {
-    super::is_transfer(class) || class == Class::HelperEnd
+    super::is_transfer(class) || matches!(class, Class::HelperEnd | Class::Invalid)
 }
 
 fn live_out(

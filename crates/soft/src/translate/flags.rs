@@ -28,7 +28,9 @@ pub struct Effect {
 /// The effect of one instruction.
 pub fn effect(insn: &Instruction, class: Class) -> Effect {
     match class {
-        Class::Helper | Class::HelperEnd => Effect { reads: ALL, kills: 0, touches: ALL },
+        Class::Helper | Class::HelperEnd | Class::Invalid => {
+            Effect { reads: ALL, kills: 0, touches: ALL }
+        }
         Class::Native | Class::NativeVector | Class::BitString => native(insn),
         Class::Branch => Effect { reads: insn.rflags_read() & ALL, kills: 0, touches: 0 },
         Class::LoopBranch => Effect { reads: insn.rflags_read() & ALL, kills: 0, touches: 0 },

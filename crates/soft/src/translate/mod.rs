@@ -205,7 +205,7 @@ impl Cpu {
 /// Whether a helper executes an instruction of this class in this mode.
 pub fn helped(class: Class, insn: &Instruction, mode: Mode) -> bool {
     match class {
-        Class::Helper | Class::HelperEnd => true,
+        Class::Helper | Class::HelperEnd | Class::Invalid => true,
         Class::ReadTsc => mode.no_tsc(),
         Class::Push | Class::PushMemory | Class::Pop | Class::Leave | Class::Return => {
             !stack::is_flat(mode)
