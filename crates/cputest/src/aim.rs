@@ -260,7 +260,7 @@ fn gather_indices(case: &mut Case, instruction: &Instruction, rng: &mut Rng) {
         if wide_elements {
             for element in case.fpu.0[half..half + 16].chunks_exact_mut(8) {
                 let far = rng.chance(4);
-                let index = if far { rng.next() } else { rng.below(0x100) };
+                let index = if far { rng.bits() } else { rng.below(0x100) };
                 element.copy_from_slice(&index.to_le_bytes());
             }
         }
@@ -270,7 +270,7 @@ fn gather_indices(case: &mut Case, instruction: &Instruction, rng: &mut Rng) {
 /// Flags that a popped image may set: not those that trap or that signal frames do not carry.
 fn popped_flags(rng: &mut Rng) -> u64 {
     let never = rflags::TF | rflags::NT | rflags::RF | rflags::VM | rflags::ID | rflags::AC;
-    rng.next() & 0xffff_ffff & !never & !(rflags::VIF | rflags::VIP)
+    rng.bits() & 0xffff_ffff & !never & !(rflags::VIF | rflags::VIP)
 }
 
 /// Puts contents that the instruction can use at its operand and on the stack.
@@ -318,7 +318,7 @@ fn contents(case: &mut Case, instruction: &Instruction, at: Option<u64>, rng: &m
             poke(case, at + size as u64, &high.to_le_bytes()[..size.min(8)]);
         }
         M::Ldmxcsr | M::Vldmxcsr if rng.chance(70) => {
-            poke(case, at, &(rng.next() as u32 & 0xffff).to_le_bytes());
+            poke(case, at, &(rng.bits() as u32 & 0xffff).to_le_bytes());
         }
         M::Fxrstor | M::Fxrstor64 if rng.chance(85) => {
             let image = crate::values::random_case(rng, case.wide).fpu;

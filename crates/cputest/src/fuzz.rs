@@ -200,7 +200,7 @@ impl Fuzzer {
             write_u64(&self.memory, GDT + 8 * n, descriptor(base, limit, attributes));
         }
         if rng.chance(20) {
-            write_u64(&self.memory, GDT + 8 * rng.below(16), rng.next());
+            write_u64(&self.memory, GDT + 8 * rng.below(16), rng.bits());
         }
         write_u64(&self.memory, TSS + 4, 0x7000);
         write_u64(&self.memory, TSS + 8, if mode >= 4 { 0 } else { 0x18 });
@@ -233,7 +233,7 @@ impl Fuzzer {
             let at = large << 21;
             tables.map_large(&self.memory, at, at, page::P | page::W | user);
         }
-        let frames = (rng.below(512), rng.next());
+        let frames = (rng.below(512), rng.bits());
         for n in 0..16 {
             let bits = frames.1 >> n & (page::P | page::W | page::U) | page::P;
             tables.map(&self.memory, 0x80_0000 + 0x1000 * n, frames.0 << 12, bits);
@@ -244,7 +244,7 @@ impl Fuzzer {
         tables.map(&self.memory, 0x80_0000 + 0x12000, 0xfee0_0000, page::P | page::W | page::U);
         tables.map(&self.memory, 0x80_0000 + 0x13000, RAM - 0x1000, page::P | page::W | page::U);
         if rng.chance(15) {
-            write_u64(&self.memory, TABLES + 8 * rng.below(0x1000), rng.next());
+            write_u64(&self.memory, TABLES + 8 * rng.below(0x1000), rng.bits());
         }
     }
 
@@ -254,17 +254,17 @@ impl Fuzzer {
             match rng.below(9) {
                 0 => state.cr0 ^= 1 << rng.pick(&[1u32, 2, 3, 5, 16, 18]),
                 1 => state.cr4 ^= 1 << rng.below(23),
-                2 => state.debug[5] = rng.next() & 0xffff_2fff | 0x400,
+                2 => state.debug[5] = rng.bits() & 0xffff_2fff | 0x400,
                 3 => state.debug[rng.below(4) as usize] = CODE + rng.below(64),
                 4 => {
                     let segment = &mut state.segments.regs[rng.below(6) as usize];
                     segment.limit = rng.word() as u32;
                     segment.base = rng.word() & 0xffff_ffff;
                 }
-                5 => state.segments.regs[rng.below(6) as usize].attributes = rng.next() as u16,
+                5 => state.segments.regs[rng.below(6) as usize].attributes = rng.bits() as u16,
                 6 => state.rip = rng.word(),
                 7 => state.cr3 = rng.word() & 0xffff_f000,
-                _ => state.idtr.limit = rng.next() as u16,
+                _ => state.idtr.limit = rng.bits() as u16,
             }
         }
     }
@@ -339,14 +339,15 @@ fn registers(rng: &mut Rng, state: &mut VcpuState, mode: u64) {
     state.gpr[gpr::RSP] = 0x7000;
     state.fpu = donor.fpu;
     state.rip = CODE + rng.below(32);
-    state.rflags = donor.rflags & !rflags::IF | rng.next() & (rflags::TF | rflags::IF | rflags::IOPL);
+    state.rflags =
+        donor.rflags & !rflags::IF | rng.bits() & (rflags::TF | rflags::IF | rflags::IOPL);
     if !rng.chance(5) {
         state.rflags &= !rflags::TF;
     }
     state.gdtr = DescriptorTable { base: GDT, limit: 0x7f };
     state.idtr = DescriptorTable { base: IDT, limit: 0x3ff };
     state.cr3 = TABLES;
-    state.cr0 = cr0::ET | cr0::NE | cr0::MP | rng.next() & cr0::WP;
+    state.cr0 = cr0::ET | cr0::NE | cr0::MP | rng.bits() & cr0::WP;
     state.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
     state.xcr0 = 7;
     state.segments.tr = Segment { selector: 0x58, base: TSS, limit: 0x67, attributes: 0x8b };

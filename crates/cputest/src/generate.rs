@@ -133,18 +133,12 @@ fn register_for(kind: K, case: &Case, rng: &mut Rng) -> Option<Register> {
         K::r16_or_mem | K::r16_reg | K::r16_reg_mem | K::r16_rm | K::r16_opcode => {
             general(16, case, rng)
         }
-        K::r32_or_mem
-        | K::r32_reg
-        | K::r32_reg_mem
-        | K::r32_rm
-        | K::r32_opcode
-        | K::r32_vvvv => general(32, case, rng),
-        K::r64_or_mem
-        | K::r64_reg
-        | K::r64_reg_mem
-        | K::r64_rm
-        | K::r64_opcode
-        | K::r64_vvvv => general(64, case, rng),
+        K::r32_or_mem | K::r32_reg | K::r32_reg_mem | K::r32_rm | K::r32_opcode | K::r32_vvvv => {
+            general(32, case, rng)
+        }
+        K::r64_or_mem | K::r64_reg | K::r64_reg_mem | K::r64_rm | K::r64_opcode | K::r64_vvvv => {
+            general(64, case, rng)
+        }
         K::mm_or_mem | K::mm_reg | K::mm_rm => Register::MM0 + rng.below(8) as u32,
         K::xmm_or_mem | K::xmm_reg | K::xmm_rm | K::xmm_vvvv | K::xmm_is4 | K::xmm_is5 => {
             vector(Register::XMM0, case, rng)
@@ -160,13 +154,9 @@ fn register_for(kind: K, case: &Case, rng: &mut Rng) -> Option<Register> {
             Register::SS,
             Register::CS,
         ]),
-        K::cr_reg => rng.pick(&[
-            Register::CR0,
-            Register::CR2,
-            Register::CR3,
-            Register::CR4,
-            Register::CR8,
-        ]),
+        K::cr_reg => {
+            rng.pick(&[Register::CR0, Register::CR2, Register::CR3, Register::CR4, Register::CR8])
+        }
         K::dr_reg => Register::DR0 + rng.below(8) as u32,
         K::es => Register::ES,
         K::cs => Register::CS,
@@ -256,11 +246,7 @@ fn immediate_or_implied(
                 word & 0xff
             };
             // The second immediate of ENTER, EXTRQ and INSERTQ has a kind of its own.
-            let second = operand > 0
-                && matches!(
-                    info.op_kind(operand - 1),
-                    K::imm8 | K::imm16
-                );
+            let second = operand > 0 && matches!(info.op_kind(operand - 1), K::imm8 | K::imm16);
             if second {
                 instruction.set_op_kind(operand, OpKind::Immediate8_2nd);
                 instruction.set_immediate8_2nd(value as u8);
@@ -277,18 +263,27 @@ fn immediate_or_implied(
             immediate(instruction, OpKind::Immediate8to32, word as i8 as i32 as u32 as u64);
         }
         K::imm8sex64 => immediate(instruction, OpKind::Immediate8to64, word as i8 as i64 as u64),
-        K::imm16 => immediate(instruction, OpKind::Immediate16, word & 0xffff),
+        K::imm16 => {
+            // Far returns look at the stack beyond what they drop; keep that within the pages.
+            let far =
+                matches!(info.code(), Code::Retfw_imm16 | Code::Retfd_imm16 | Code::Retfq_imm16);
+            let mask = if far { 0xff } else { 0xffff };
+            immediate(instruction, OpKind::Immediate16, word & mask);
+        }
         K::imm32 => immediate(instruction, OpKind::Immediate32, word & 0xffff_ffff),
         K::imm32sex64 => {
             immediate(instruction, OpKind::Immediate32to64, word as i32 as i64 as u64);
         }
         K::imm64 => immediate(instruction, OpKind::Immediate64, word),
-        K::seg_rSI => instruction
-            .set_op_kind(operand, address([OpKind::MemorySegESI, OpKind::MemorySegRSI])),
-        K::es_rDI => instruction
-            .set_op_kind(operand, address([OpKind::MemoryESEDI, OpKind::MemoryESRDI])),
-        K::seg_rDI => instruction
-            .set_op_kind(operand, address([OpKind::MemorySegEDI, OpKind::MemorySegRDI])),
+        K::seg_rSI => {
+            instruction.set_op_kind(operand, address([OpKind::MemorySegESI, OpKind::MemorySegRSI]))
+        }
+        K::es_rDI => {
+            instruction.set_op_kind(operand, address([OpKind::MemoryESEDI, OpKind::MemoryESRDI]))
+        }
+        K::seg_rDI => {
+            instruction.set_op_kind(operand, address([OpKind::MemorySegEDI, OpKind::MemorySegRDI]))
+        }
         K::seg_rBX_al => {
             instruction.set_op_kind(operand, OpKind::Memory);
             instruction.set_memory_base(if case.wide && !narrow {
@@ -303,15 +298,13 @@ fn immediate_or_implied(
         }
         K::farbr4_2 | K::farbr2_2 => {
             let near = info.op_kind(operand) == K::farbr4_2;
-            instruction.set_op_kind(
-                operand,
-                if near { OpKind::FarBranch32 } else { OpKind::FarBranch16 },
-            );
+            instruction
+                .set_op_kind(operand, if near { OpKind::FarBranch32 } else { OpKind::FarBranch16 });
             instruction.set_far_branch_selector(aim::code_selector(case, rng));
             if near {
                 instruction.set_far_branch32(aim::code_target(rng) as u32);
             } else {
-                instruction.set_far_branch16(rng.next() as u16);
+                instruction.set_far_branch16(rng.bits() as u16);
             }
         }
         _ => return None,
@@ -329,7 +322,7 @@ fn branch(
     let kind = info.op_kind(operand);
     let short = matches!(kind, K::br16_1 | K::br32_1 | K::br64_1);
     let target = if short {
-        case.rip.wrapping_add(2).wrapping_add(rng.next() as i8 as i64 as u64)
+        case.rip.wrapping_add(2).wrapping_add(rng.bits() as i8 as i64 as u64)
     } else if rng.chance(85) {
         aim::code_target(rng)
     } else {
@@ -392,13 +385,19 @@ fn memory(
         let displacement = if !has_base && !has_index {
             aim::somewhere(rng)
         } else if byte {
-            rng.next() as i8 as i64 as u64
+            rng.bits() as i8 as i64 as u64
         } else if has_base {
-            rng.next() as i32 as i64 as u64
+            rng.bits() as i32 as i64 as u64
         } else {
             aim::somewhere(rng)
         };
-        instruction.set_memory_displ_size(if byte { 1 } else if narrow { 4 } else { 8 });
+        instruction.set_memory_displ_size(if byte {
+            1
+        } else if narrow {
+            4
+        } else {
+            8
+        });
         instruction.set_memory_displacement64(if narrow {
             displacement & 0xffff_ffff
         } else {

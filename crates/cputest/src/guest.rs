@@ -4,9 +4,11 @@
 //! IOPL 0. Each case ends in an exception, whose handler writes the vector to a port, which ends
 //! the run before it has changed a register.
 use crate::case::{
-    CODE, Case, DATA, STOP, Outcome, READ_ONLY, USER_CODE32, USER_CODE64, USER_DATA,
+    CODE, Case, DATA, Outcome, READ_ONLY, STOP, USER_CODE32, USER_CODE64, USER_DATA,
 };
-use crate::layout::{PageTables, Paging, descriptor, gate64, page, read, read_u64, write, write_u64};
+use crate::layout::{
+    PageTables, Paging, descriptor, gate64, page, read, read_u64, write, write_u64,
+};
 use crate::machine::{Recorder, Watchdog, make_vm};
 use crate::under_test::precise_engine;
 use arch::registers::{cr0, cr4, efer, gpr, rflags};
@@ -100,8 +102,11 @@ impl GuestCpu {
         write_tables(&memory);
         let base = base_state(vcpu.state()?, tables.root());
         let kicker = vcpu.kicker();
-        let io =
-            Io { vector: AtomicU64::new(0), kicker: kicker.clone(), unexpected: Recorder::default() };
+        let io = Io {
+            vector: AtomicU64::new(0),
+            kicker: kicker.clone(),
+            unexpected: Recorder::default(),
+        };
         Ok(Self { memory, vcpu, io, base, watchdog: Watchdog::new(vec![kicker]), _vm: vm })
     }
 

@@ -197,7 +197,7 @@ fn watch(watched: &Watched, kickers: &[Arc<dyn Kick>]) {
     while !watched.quit.load(Ordering::SeqCst) {
         thread::park_timeout(TICK);
         let epoch = watched.epoch.load(Ordering::SeqCst);
-        if epoch != seen || epoch % 2 == 0 {
+        if epoch != seen || epoch.is_multiple_of(2) {
             (seen, ticks) = (epoch, 0);
             continue;
         }

@@ -408,7 +408,9 @@ impl Guest {
 
     fn stop_of(&self, state: &VcpuState) -> Stop {
         let vector = self.io.log().into_iter().find_map(|access| match access {
-            Access::Out(port, _) => u8::try_from(port.wrapping_sub(EXCEPTION)).ok().filter(|v| *v < 32),
+            Access::Out(port, _) => {
+                u8::try_from(port.wrapping_sub(EXCEPTION)).ok().filter(|v| *v < 32)
+            }
             _ => None,
         });
         match vector {
@@ -443,8 +445,7 @@ impl Guest {
             rip: word(first),
             cs,
             rflags: word(first + 2),
-            stack: (width == 8 || outer)
-                .then(|| (word(first + 4) as u16, word(first + 3))),
+            stack: (width == 8 || outer).then(|| (word(first + 4) as u16, word(first + 3))),
         }
     }
 }

@@ -11,7 +11,7 @@
 #![allow(unsafe_code)]
 
 use crate::case::{
-    CODE, CODE_SIZE, Case, DATA, DATA_SIZE, STOP, Outcome, READ_ONLY, READ_ONLY_SIZE, USER_CODE32,
+    CODE, CODE_SIZE, Case, DATA, DATA_SIZE, Outcome, READ_ONLY, READ_ONLY_SIZE, STOP, USER_CODE32,
     USER_CODE64, USER_DATA,
 };
 use std::io;

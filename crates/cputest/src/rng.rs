@@ -10,7 +10,7 @@ impl Rng {
         Self(seed)
     }
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -19,7 +19,7 @@ impl Rng {
     }
     /// A number below `bound` (0 for bound 0).
     pub fn below(&mut self, bound: u64) -> u64 {
-        if bound == 0 { 0 } else { self.next() % bound }
+        if bound == 0 { 0 } else { self.bits() % bound }
     }
     /// True in `percent` of 100 calls.
     pub fn chance(&mut self, percent: u64) -> bool {
@@ -32,7 +32,7 @@ impl Rng {
     /// Fills a buffer.
     pub fn fill(&mut self, buffer: &mut [u8]) {
         for chunk in buffer.chunks_mut(8) {
-            let bytes = self.next().to_le_bytes();
+            let bytes = self.bits().to_le_bytes();
             chunk.copy_from_slice(&bytes[..chunk.len()]);
         }
     }
@@ -67,7 +67,7 @@ impl Rng {
             4 => self.below(64),
             5 => !self.below(64),
             6 => 1 << self.below(64),
-            _ => self.next(),
+            _ => self.bits(),
         }
     }
 }

@@ -26,7 +26,7 @@ pub struct Report {
 }
 
 /// How many failures are told in full, in all and of each form.
-const DETAILS: usize = 40;
+const DETAILS: usize = 400;
 const DETAILS_PER_FORM: usize = 1;
 
 /// The forms of one mode that a comparison on this host covers.
@@ -56,12 +56,17 @@ pub fn compare_forms(
     let mut native = NativeCpu::start()?;
     let mut guest = GuestCpu::new()?;
     let mut report = Report::default();
+    let trace = std::env::var_os("CPUTEST_TRACE").is_some();
     for &code in forms {
         let cases = cases_of(code, wide, count, seed);
         report.forms += usize::from(!cases.is_empty());
         for batch in cases.chunks(BATCH) {
             let expected = native.run(batch)?;
             for (case, native) in batch.iter().zip(&expected) {
+                if trace {
+                    // Where the engine takes the process with it, the last line tells the case.
+                    eprintln!("{}", describe(case));
+                }
                 let engine = guest.run(case).map_err(|e| format!("{}: {e}", describe(case)))?;
                 report.cases += 1;
                 report.completed += usize::from(native.vector == 13 && native.rip != case.rip);

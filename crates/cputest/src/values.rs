@@ -9,7 +9,7 @@ pub fn random_case(rng: &mut Rng, wide: bool) -> Case {
     let mut case = Case {
         rip: CODE + 16 + rng.below(64),
         gpr: [0; 16],
-        rflags: rflags::FIXED | rflags::IF | (rng.next() & rflags::ARITHMETIC),
+        rflags: rflags::FIXED | rflags::IF | (rng.bits() & rflags::ARITHMETIC),
         fs_gs: [rng.below(0x8000), rng.below(0x8000)],
         fpu: fpu(rng, wide),
         length: 0,
@@ -72,7 +72,7 @@ fn lane(rng: &mut Rng) -> [u8; 16] {
 }
 
 fn double(rng: &mut Rng) -> u64 {
-    let sign = rng.next() & (1 << 63);
+    let sign = rng.bits() & (1 << 63);
     let exponent = rng.pick(&[0, 0, 1, 1022, 1023, 1024, 1054, 1075, 2046, 2047, 2047]);
     let exponent = if rng.chance(40) { 960 + rng.below(128) } else { exponent };
     let fraction = match rng.below(5) {
@@ -80,13 +80,13 @@ fn double(rng: &mut Rng) -> u64 {
         1 => 1 << 51,
         2 => 1,
         3 => (1 << 52) - 1,
-        _ => rng.next() >> 12,
+        _ => rng.bits() >> 12,
     };
     sign | exponent << 52 | fraction
 }
 
 fn single(rng: &mut Rng) -> u32 {
-    let sign = (rng.next() as u32) & (1 << 31);
+    let sign = (rng.bits() as u32) & (1 << 31);
     let exponent = rng.pick(&[0, 0, 1, 126, 127, 128, 150, 158, 254, 255, 255]);
     let exponent = if rng.chance(40) { 96 + rng.below(64) as u32 } else { exponent };
     let fraction = match rng.below(5) {
@@ -94,7 +94,7 @@ fn single(rng: &mut Rng) -> u32 {
         1 => 1 << 22,
         2 => 1,
         3 => (1 << 23) - 1,
-        _ => (rng.next() >> 41) as u32,
+        _ => (rng.bits() >> 41) as u32,
     };
     sign | exponent << 23 | fraction
 }
@@ -108,11 +108,11 @@ fn extended(rng: &mut Rng) -> [u8; 10] {
         0 => 0,
         1 => 1 << 62,
         2 => 1,
-        _ => rng.next() >> 1,
+        _ => rng.bits() >> 1,
     };
     let mut bytes = [0; 10];
     bytes[..8].copy_from_slice(&(integer | fraction).to_le_bytes());
-    let sign = (rng.next() as u16) & 0x8000;
+    let sign = (rng.bits() as u16) & 0x8000;
     bytes[8..].copy_from_slice(&(sign | exponent).to_le_bytes());
     bytes
 }
@@ -121,11 +121,11 @@ fn extended(rng: &mut Rng) -> [u8; 10] {
 fn fpu(rng: &mut Rng, wide: bool) -> FpuState {
     let mut state = FpuState::default();
     let area = &mut state.0;
-    let unmasked = if rng.chance(20) { rng.next() as u16 & 0x3f } else { 0 };
-    let rounding = (rng.next() as u16) & 0x0c00;
+    let unmasked = if rng.chance(20) { rng.bits() as u16 & 0x3f } else { 0 };
+    let rounding = (rng.bits() as u16) & 0x0c00;
     let precision = rng.pick(&[0x300u16, 0x300, 0x200, 0x000]);
     let control = 0x40 | (0x3f & !unmasked) | rounding | precision;
-    let mut status = (rng.next() as u16) & 0x7f3f;
+    let mut status = (rng.bits() as u16) & 0x7f3f;
     if !rng.chance(25) {
         status &= !unmasked;
     }
@@ -137,14 +137,14 @@ fn fpu(rng: &mut Rng, wide: bool) -> FpuState {
     }
     area[0..2].copy_from_slice(&control.to_le_bytes());
     area[2..4].copy_from_slice(&status.to_le_bytes());
-    area[4] = if rng.chance(60) { 0xff } else { rng.next() as u8 };
-    let mxcsr_masks = if rng.chance(15) { rng.next() as u32 & 0x1f80 } else { 0x1f80 };
-    let mut mxcsr = mxcsr_masks | (rng.next() as u32 & 0x6000);
+    area[4] = if rng.chance(60) { 0xff } else { rng.bits() as u8 };
+    let mxcsr_masks = if rng.chance(15) { rng.bits() as u32 & 0x1f80 } else { 0x1f80 };
+    let mut mxcsr = mxcsr_masks | (rng.bits() as u32 & 0x6000);
     if rng.chance(20) {
-        mxcsr |= rng.next() as u32 & 0x8040;
+        mxcsr |= rng.bits() as u32 & 0x8040;
     }
     if rng.chance(50) {
-        mxcsr |= rng.next() as u32 & 0x3f;
+        mxcsr |= rng.bits() as u32 & 0x3f;
     }
     area[24..28].copy_from_slice(&mxcsr.to_le_bytes());
     for register in 0..8 {

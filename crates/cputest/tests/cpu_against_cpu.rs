@@ -1,7 +1,11 @@
 //! The CPU against the CPU: each instruction form natively and in the engine, bit for bit.
 //!
 //! `CPUTEST_CASES` sets the number of cases of each form (default 12), `CPUTEST_SEED` the seed,
-//! `CPUTEST_FORM` picks the forms whose name contains it.
+//! `CPUTEST_FORM` picks the forms whose name contains it, and `CPUTEST_TRACE` names each case
+//! before it runs.
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use cputest::coverage::{Coverage, coverage, markdown};
 use cputest::native::{BATCH, NativeCpu};
 use cputest::sweep::{cases_of, compare_forms, covered_forms};

@@ -28,7 +28,7 @@ fn faults_in(
 ) -> Exception {
     let first = guest.code(at::CODE, prelude).len() as u64;
     let bytes = guest.code(at::CODE + first, instruction);
-    guest.code(at::CODE + first + bytes.len() as u64, |a| done(a));
+    guest.code(at::CODE + first + bytes.len() as u64, done);
     let exception = guest.run().exception();
     assert_eq!((exception.vector, exception.error), (vector, error), "{exception:x?}");
     assert_eq!(exception.rip, at::CODE + first, "the saved pointer names the instruction");
@@ -69,6 +69,18 @@ fn int3_raises_bp_pointing_behind_itself() {
         assert_eq!((exception.vector, exception.error), (3, None));
         assert_eq!(exception.rip, at::CODE + 2);
         assert_eq!(exception.rflags & rflags::RF, 0);
+    }
+}
+
+#[test]
+fn int1_raises_db_pointing_behind_itself_without_a_reason_in_dr6() {
+    for mode in ALL {
+        let mut guest = Guest::new(mode);
+        write(&guest.memory, at::CODE, &[0x90, 0xf1]);
+        let end = guest.run();
+        let exception = end.exception();
+        assert_eq!((exception.vector, exception.rip), (1, at::CODE + 2));
+        assert_eq!(end.state.debug[4] & 0xe00f, 0);
     }
 }
 
@@ -273,11 +285,8 @@ fn page_faults_give_the_address_and_the_kind_of_access() {
     // (bits of the page, code, error code)
     let write: Code = |a| a.mov(dword_ptr(0x70_0ffe), eax);
     let read: Code = |a| a.mov(eax, dword_ptr(0x70_0010));
-    let cases: [(u64, Code, u32, u64); 3] = [
-        (0, read, 0, 0x70_0010),
-        (0, write, 2, 0x70_0ffe),
-        (page::P, write, 3, 0x70_0ffe),
-    ];
+    let cases: [(u64, Code, u32, u64); 3] =
+        [(0, read, 0, 0x70_0010), (0, write, 2, 0x70_0ffe), (page::P, write, 3, 0x70_0ffe)];
     for (bits, code, error, address) in cases {
         let mut guest = Guest::new(Mode::LONG);
         let memory = guest.memory.clone();
@@ -295,13 +304,7 @@ fn a_store_across_pages_whose_second_is_missing_writes_nothing_and_names_the_sec
     let mut guest = Guest::new(Mode::LONG);
     let memory = guest.memory.clone();
     guest.tables.map(&memory, 0x70_0000, at::DATA, page::P | page::W);
-    faults_in(
-        &mut guest,
-        |a| a.mov(rax, -1i64),
-        |a| a.mov(qword_ptr(0x70_0ffe), rax),
-        14,
-        Some(2),
-    );
+    faults_in(&mut guest, |a| a.mov(rax, -1i64), |a| a.mov(qword_ptr(0x70_0ffe), rax), 14, Some(2));
     assert_eq!(guest.vcpus[0].state().unwrap().cr2, 0x70_1000);
     assert_eq!(read_u64(&memory, at::DATA + 0xff8), 0);
 }
@@ -424,12 +427,8 @@ fn user_code_may_not_run_privileged_instructions() {
 
 #[test]
 fn umip_hides_descriptor_tables_from_user_code() {
-    let codes: [Code; 4] = [
-        |a| a.sgdt(ptr(rsp - 16)),
-        |a| a.sidt(ptr(rsp - 16)),
-        |a| a.smsw(eax),
-        |a| a.str(eax),
-    ];
+    let codes: [Code; 4] =
+        [|a| a.sgdt(ptr(rsp - 16)), |a| a.sidt(ptr(rsp - 16)), |a| a.smsw(eax), |a| a.str(eax)];
     for code in codes {
         for umip in [true, false] {
             let mut guest = Guest::new(Mode::LONG);

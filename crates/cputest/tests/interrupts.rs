@@ -1,4 +1,7 @@
 //! The local APIC, interrupt shadows, HLT, NMI and start-up of vCPUs (Intel SDM 3A 6.8, 10).
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use arch::registers::rflags;
 use arch::{VcpuState, msr};
 use cputest::machine::Access;

@@ -1,4 +1,7 @@
 //! Code that changes itself, accesses across pages, strings, and locked operations.
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use arch::registers::gpr;
 use cputest::layout::{page, read, read_u64, write, write_u64};
 use cputest::micro::{Guest, Mode, at, done, say};
@@ -158,7 +161,11 @@ fn strings_stop_exactly_where_a_page_is_missing_in_both_directions() {
             a.mov(rdi, start)?;
             a.mov(ecx, 1000)?;
             a.mov(eax, 0x5a5a_5a5a)?;
-            if down { a.std()? } else { a.cld()? }
+            if down {
+                a.std()?
+            } else {
+                a.cld()?
+            }
             a.rep().stosd()
         });
         let end = guest.run();

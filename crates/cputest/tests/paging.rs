@@ -132,7 +132,12 @@ fn check(guest: &mut Guest, linear: u64, rule: &Rule, kind: Kind, user: bool) {
     let told = format!(
         "{kind:?} by {} of page U{} W{} X{}, cr4 {:#x} wp {} ac {}",
         if user { "user" } else { "supervisor" },
-        rule.user_page, rule.writable, rule.executable, rule.cr4, rule.wp, rule.ac
+        rule.user_page,
+        rule.writable,
+        rule.executable,
+        rule.cr4,
+        rule.wp,
+        rule.ac
     );
     let exception = end.exception();
     match expected {
