@@ -42,6 +42,14 @@ pub fn poll(cpu: &mut Cpu) {
     }
 }
 
+impl Cpu {
+    /// Whether somebody left word for this vCPU.
+    pub(crate) fn wanted(&self) -> bool {
+        let mailbox = self.vm.mailboxes.get(self.index as usize);
+        mailbox.is_some_and(|m| m.pending.load(Ordering::SeqCst) != 0)
+    }
+}
+
 /// INIT: as RESET, but for caches, x87 and SSE registers and most MSRs (Intel SDM 3A table 10-1).
 fn init(cpu: &mut Cpu) {
     let fresh = VcpuState::reset();

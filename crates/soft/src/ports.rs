@@ -68,5 +68,6 @@ pub(crate) fn in_out(cpu: &mut Cpu, insn: &Instruction) -> Done {
         let value = cpu.register(register);
         write(cpu, port, value, size);
     }
-    Ok(Flow::Next)
+    // A device may have asked for an interrupt, a reset or the end: at this very instruction.
+    Ok(if cpu.wanted() { Flow::Leave } else { Flow::Next })
 }

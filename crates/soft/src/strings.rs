@@ -11,7 +11,6 @@ use arch::SegmentName;
 use arch::registers::gpr::{RAX, RCX, RDI, RDX, RSI};
 use arch::registers::rflags;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
-use std::sync::atomic::Ordering;
 
 /// What one element does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -53,12 +52,12 @@ const LOOK_EVERY: u32 = 512;
 /// Executes one, or as much of a repeated one as may run without a look at the mailbox.
 pub(crate) fn execute(cpu: &mut Cpu, insn: &Instruction) -> Done {
     let s = Strings::decode(insn);
-    if matches!(s.kind, Kind::Input | Kind::Output) {
+    if s.uses_ports() {
         ports::check_port(cpu, cpu.gpr[RDX] as u16, s.size)?;
     }
     if s.repeat == Repeat::Once {
         s.element(cpu)?;
-        return Ok(Flow::Next);
+        return Ok(if s.uses_ports() && cpu.wanted() { Flow::Leave } else { Flow::Next });
     }
     let mut since_look = 0;
     while s.count(cpu) != 0 {
@@ -73,10 +72,10 @@ pub(crate) fn execute(cpu: &mut Cpu, insn: &Instruction) -> Done {
             }
             since_look += 1;
         }
-        if (done != 0 || since_look >= LOOK_EVERY || cpu.mode.step()) && s.count(cpu) != 0 {
+        let look = done != 0 || since_look >= LOOK_EVERY || s.uses_ports() || cpu.mode.step();
+        if look && s.count(cpu) != 0 {
             since_look = 0;
-            let mailbox = cpu.vm.mailboxes.get(cpu.index as usize);
-            if cpu.mode.step() || mailbox.is_some_and(|m| m.pending.load(Ordering::SeqCst) != 0) {
+            if cpu.mode.step() || cpu.wanted() {
                 // Registers say how far it came: the same instruction goes on from there.
                 return Ok(Flow::Jump);
             }
@@ -111,6 +110,10 @@ impl Strings {
         };
         let size = insn.memory_size().size();
         Self { kind, repeat, size, pointer, source: segment_name(insn.memory_segment()) }
+    }
+
+    fn uses_ports(&self) -> bool {
+        matches!(self.kind, Kind::Input | Kind::Output)
     }
 
     fn count(&self, cpu: &Cpu) -> u64 {
