@@ -74,7 +74,13 @@ struct PageCode {
     blocks: Vec<BlockId>,
     /// One bit for each 64 bytes that hold code or were looked at.
     lines: u64,
+    /// Writes that hit code since the page was first translated.
+    hits: u32,
 }
+
+/// After so many hits the whole page is taken to be rewritten: all its translations go, and
+/// writes to it are fast again.
+const REWRITTEN: u32 = 4;
 
 /// What the translator hands over.
 pub struct NewBlock {
@@ -280,8 +286,8 @@ impl CodeCache {
     }
 
     /// The blocks that depend on any of `len` bytes at guest-physical `start`, within one page.
-    fn affected(&self, start: u64, len: usize) -> Vec<BlockId> {
-        let Some(page) = self.pages.get(&(start & !0xfff)) else { return Vec::new() };
+    fn affected(&mut self, start: u64, len: usize) -> Vec<BlockId> {
+        let Some(page) = self.pages.get_mut(&(start & !0xfff)) else { return Vec::new() };
         if page.lines & line_mask(start, len) == 0 {
             return Vec::new();
         }
@@ -289,7 +295,15 @@ impl CodeCache {
         let hit = |s: &Source| s.start < end && start < s.start + u64::from(s.len);
         let alive = |id: &&BlockId| self.blocks.get(**id as usize).is_some_and(|b| b.alive);
         let touches = |id: &&BlockId| self.blocks[**id as usize].sources.iter().any(hit);
-        page.blocks.iter().filter(alive).filter(touches).copied().collect()
+        let mut hit: Vec<BlockId> =
+            page.blocks.iter().filter(alive).filter(touches).copied().collect();
+        if !hit.is_empty() {
+            page.hits += 1;
+            if page.hits >= REWRITTEN {
+                hit = page.blocks.iter().filter(alive).copied().collect();
+            }
+        }
+        hit
     }
 
     /// Blocks on a page whose guest bytes are no longer what they were.
