@@ -68,6 +68,9 @@ const INPUT_LIMIT: usize = 4096;
 /// Output is handed over at the latest when so many bytes are there, ...
 const OUTPUT_BATCH: usize = 512;
 /// ... or after this time, ...
+/// How long after clearing the FIFO a driver that does not enable the receive interrupt is taken
+/// to be starting up.
+const START_UP: Duration = Duration::from_millis(20);
 const OUTPUT_DELAY: Duration = Duration::from_millis(2);
 /// ... or at the end of a line.
 const NEWLINE: u8 = b'\n';
@@ -133,6 +136,9 @@ pub struct Uart {
     /// Input that has no room there yet.
     input: VecDeque<u8>,
     input_refused: bool,
+    /// Input waits until then, or until the guest enables the receive interrupt: see
+    /// [`Uart::hold_input`].
+    held_until: Option<Duration>,
     output: Vec<u8>,
     alarm_set: bool,
 }
@@ -156,6 +162,27 @@ impl Uart {
         }
     }
 
+    /// Takes what the guest is about to clear out of the FIFO back into the queue, and keeps it
+    /// there for a moment. A driver that starts up clears the FIFO and reads the data register to
+    /// drop what a modem left there; what a user typed or piped in meanwhile is not that.
+    fn hold_input(&mut self) {
+        if !self.looped() {
+            for byte in self.received.drain(..).rev() {
+                self.input.push_front(byte);
+            }
+            self.held_until = Some(self.clock.now() + START_UP);
+        }
+    }
+
+    /// Whether input must still wait.
+    fn holds_input(&mut self) -> bool {
+        let listening = self.registers.ier & IER_RECEIVED != 0;
+        if listening || self.held_until.is_some_and(|until| self.clock.now() >= until) {
+            self.held_until = None;
+        }
+        self.held_until.is_some()
+    }
+
     const fn looped(&self) -> bool {
         self.registers.mcr & MCR_LOOP != 0
     }
@@ -166,7 +193,7 @@ impl Uart {
 
     /// Moves waiting input into the FIFO. In loopback the line is disconnected.
     fn receive_input(&mut self) {
-        if !self.looped() {
+        if !self.looped() && !self.holds_input() {
             let room = self.capacity().saturating_sub(self.received.len()).min(self.input.len());
             self.received.extend(self.input.drain(..room));
         }
@@ -219,6 +246,7 @@ impl Uart {
     fn write_fcr(&mut self, value: u8) {
         let enable = value & FCR_ENABLE != 0;
         if enable != self.registers.fifo || value & FCR_CLEAR_RECEIVE != 0 {
+            self.hold_input();
             self.received.clear();
         }
         self.registers.fifo = enable;
@@ -239,7 +267,7 @@ impl Uart {
         if enabled & IER_TRANSMIT_EMPTY != 0 {
             self.registers.transmit_empty = true;
         }
-        self.update_irq();
+        self.receive_input();
     }
 
     /// The pending interrupt of the highest priority (8.6, table V).
@@ -282,6 +310,10 @@ impl Uart {
     }
 
     fn read_lsr(&mut self) -> u8 {
+        if self.held_until.is_some() {
+            // A driver that polls: it has started up once the moment is over.
+            self.receive_input();
+        }
         let ready = if self.received.is_empty() { 0 } else { LSR_READY };
         if !std::mem::take(&mut self.registers.overrun) {
             return LSR_EMPTY | ready;
@@ -409,6 +441,7 @@ impl Wire for UartConfig {
             received: VecDeque::new(),
             input: VecDeque::new(),
             input_refused: false,
+            held_until: None,
             output: Vec::with_capacity(OUTPUT_BATCH),
             alarm_set: false,
         });

@@ -47,6 +47,7 @@ fn output_arrives_in_lines() {
 fn input_beyond_the_fifo_waits_and_beyond_the_queue_is_refused() {
     let (machine, uart, recorder) = machine();
     machine.outb(BASE + IIR_FCR, 0x01);
+    machine.advance(START_UP);
     let typed: Vec<u8> = (0..=255).cycle().take(INPUT_LIMIT + 100).collect();
     assert_eq!(lock(&uart).push_input(&typed), INPUT_LIMIT);
     let mut got = Vec::new();
@@ -111,6 +112,32 @@ fn the_trigger_level_separates_received_from_timeout() {
         assert_eq!(machine.inb(BASE), *expect);
     }
     assert_eq!(machine.inb(BASE + IIR_FCR), IIR_FIFO | IIR_NONE);
+}
+
+#[test]
+fn input_that_comes_while_a_driver_starts_up_is_not_lost() {
+    let (machine, uart, _) = machine();
+    lock(&uart).push_input(b"early");
+    // Linux: enable and clear the FIFOs, then read away what is left in the registers.
+    machine.outb(BASE + IIR_FCR, 0x01);
+    machine.outb(BASE + IIR_FCR, 0x07);
+    machine.inb(BASE + LSR);
+    machine.inb(BASE);
+    machine.outb(BASE + IER, IER_RECEIVED);
+    for expect in b"early" {
+        assert_eq!(machine.inb(BASE), *expect);
+    }
+}
+
+#[test]
+fn a_driver_that_polls_gets_input_soon_after_it_cleared_the_fifo() {
+    let (machine, uart, _) = machine();
+    machine.outb(BASE + IIR_FCR, 0x07);
+    lock(&uart).push_input(b"x");
+    assert_eq!(machine.inb(BASE + LSR), LSR_EMPTY);
+    machine.advance(START_UP);
+    assert_eq!(machine.inb(BASE + LSR), LSR_EMPTY | LSR_READY);
+    assert_eq!(machine.inb(BASE), b'x');
 }
 
 #[test]
