@@ -4,7 +4,6 @@
 //! Guest RAM lies between pages that nothing may touch: in the same file, so that a write that
 //! misses lands in a pattern which is checked after every case, and with PROT_NONE beyond it, so
 //! that one that misses further ends the process.
-use crate::case::Case;
 use crate::forms::exclusion;
 use crate::layout::{PageTables, Paging, descriptor, gate32, gate64, page, write, write_u64};
 use crate::machine::{Recorder, Watchdog};
@@ -16,7 +15,7 @@ use arch::{DescriptorTable, GuestPhysical, Segment, SegmentName, VcpuState};
 use engine::{EngineError, GuestMemory, Halt, Kick, Vcpu, VcpuIo, Vm, VmConfig};
 use iced_x86::Code;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -178,7 +177,7 @@ impl Fuzzer {
     fn prepare(&mut self, rng: &mut Rng) -> VcpuState {
         write(&self.memory, 0, &[0; 0x1000]);
         let mode = rng.below(6);
-        let code = code(rng, if mode >= 4 { 64 } else { 32 });
+        let code = code(rng, mode >= 4);
         write(&self.memory, CODE, &code);
         let mut state = self.base.clone();
         self.tables(rng, mode);
@@ -205,7 +204,10 @@ impl Fuzzer {
         write_u64(&self.memory, TSS + 4, 0x7000);
         write_u64(&self.memory, TSS + 8, if mode >= 4 { 0 } else { 0x18 });
         for vector in 0..64u64 {
-            let handler = HANDLERS + rng.below(0x100);
+            // Most handlers return, past the error code where there is one.
+            let with_error = matches!(vector, 8 | 10..=14 | 17);
+            let returning = HANDLERS + if with_error { 0x180 } else { 0x190 };
+            let handler = if rng.chance(85) { returning } else { HANDLERS + rng.below(0x100) };
             if mode >= 4 {
                 let [low, high] = gate64(0x10, handler, 14, (rng.below(4)) as u8, 0);
                 write_u64(&self.memory, IDT + 16 * vector, low);
@@ -215,10 +217,17 @@ impl Fuzzer {
                 write_u64(&self.memory, IDT + 8 * vector, gate);
             }
         }
-        // Handlers: HLT ends little, IRET goes on.
+        // Some handlers are noise.
         let mut handlers = [0x90u8; 0x200];
         rng.fill(&mut handlers[0x40..0x80]);
-        handlers[0x100..0x110].copy_from_slice(&[0x48, 0xcf].repeat(8));
+        // Skip what faulted by one byte, and go on.
+        let (drop, skip): (&[u8], &[u8]) = if mode >= 4 {
+            (&[0x48, 0x83, 0xc4, 8], &[0x48, 0xff, 0x04, 0x24, 0x48, 0xcf])
+        } else {
+            (&[0x83, 0xc4, 4], &[0xff, 0x04, 0x24, 0xcf])
+        };
+        handlers[0x190 - drop.len()..0x190].copy_from_slice(drop);
+        handlers[0x190..0x190 + skip.len()].copy_from_slice(skip);
         write(&self.memory, HANDLERS, &handlers);
         let paging = match mode {
             2 => Paging::Bits32,
@@ -270,60 +279,71 @@ impl Fuzzer {
     }
 }
 
-/// Code bytes: noise, valid instructions, and valid ones with bits flipped.
-fn code(rng: &mut Rng, bits: u32) -> Vec<u8> {
+/// Instructions that only the system may run, which the comparison's forms leave out in part.
+const SYSTEM: [&[u8]; 24] = [
+    &[0x0f, 0x20, 0xc0],
+    &[0x0f, 0x22, 0xc0],
+    &[0x0f, 0x22, 0xd8],
+    &[0x0f, 0x22, 0xe0],
+    &[0x0f, 0x23, 0xf8],
+    &[0x0f, 0x30],
+    &[0x0f, 0x32],
+    &[0x0f, 0x05],
+    &[0x0f, 0x07],
+    &[0x0f, 0x34],
+    &[0x0f, 0xa2],
+    &[0x0f, 0x31],
+    &[0x0f, 0x01, 0xd0],
+    &[0x0f, 0x01, 0xd1],
+    &[0x0f, 0x01, 0xf8],
+    &[0x0f, 0xae, 0x23],
+    &[0x0f, 0xae, 0x2b],
+    &[0x0f, 0x01, 0x3b],
+    &[0x0f, 0x00, 0xd8],
+    &[0x0f, 0x08],
+    &[0xfb],
+    &[0xf4],
+    &[0xcd, 0x20],
+    &[0xcf],
+];
+
+/// Code bytes: noise, valid instructions, and valid ones with bits flipped or with system
+/// instructions between them.
+fn code(rng: &mut Rng, wide: bool) -> Vec<u8> {
     let mut bytes = vec![0; CODE_SIZE as usize];
-    let style = rng.below(4);
+    let style = rng.below(5);
     if style == 0 {
         rng.fill(&mut bytes);
         return bytes;
     }
     bytes.clear();
-    while bytes.len() < 0x400 {
-        let code: Code = loop {
-            let n = rng.below(Code::values().len() as u64) as usize;
-            if let Some(code) = Code::values().nth(n).filter(|c| exclusion(*c).is_none()) {
-                break code;
-            }
-        };
-        let made: Option<Case> = crate::generate::generate(code, bits == 64, rng);
-        let Some(case) = made else { continue };
-        let mut piece = case.code().to_vec();
+    let mut template = random_case(rng, wide);
+    while bytes.len() < 0x200 {
+        let form = rng.pick(forms(wide));
+        template.rip = CODE + bytes.len() as u64;
+        let Some(mut piece) = crate::generate::some_bytes(form, &template, rng) else { continue };
         if style == 2 && rng.chance(30) {
             let n = rng.below(piece.len() as u64) as usize;
             piece[n] ^= 1 << rng.below(8);
         }
-        if style == 3 && rng.chance(10) {
-            // System instructions, which the forms above do not hold.
-            let system: &[&[u8]] = &[
-                &[0x0f, 0x20, 0xc0],
-                &[0x0f, 0x22, 0xc0],
-                &[0x0f, 0x22, 0xd8],
-                &[0x0f, 0x22, 0xe0],
-                &[0x0f, 0x30],
-                &[0x0f, 0x32],
-                &[0x0f, 0x05],
-                &[0x0f, 0x07],
-                &[0x0f, 0xa2],
-                &[0x0f, 0x01, 0xd0],
-                &[0x0f, 0x01, 0xd1],
-                &[0x0f, 0x01, 0xf8],
-                &[0x0f, 0xae, 0x23],
-                &[0x0f, 0xae, 0x2b],
-                &[0x0f, 0x01, 0x3b],
-                &[0x0f, 0x08],
-                &[0xfb],
-                &[0xf4],
-                &[0xcd, 0x20],
-                &[0xcf],
-            ];
-            let n = rng.below(system.len() as u64) as usize;
-            bytes.extend_from_slice(system[n]);
+        if style >= 3 && rng.chance(15) {
+            bytes.extend_from_slice(rng.pick(&SYSTEM));
         }
         bytes.append(&mut piece);
     }
-    bytes.truncate(CODE_SIZE as usize);
+    // Once more from the start: what was run is run again, perhaps changed by itself.
+    let back = -(bytes.len() as i32 + 5);
+    bytes.push(0xe9);
+    bytes.extend_from_slice(&back.to_le_bytes());
     bytes
+}
+
+fn forms(wide: bool) -> &'static [Code] {
+    static FORMS: [OnceLock<Vec<Code>>; 2] = [OnceLock::new(), OnceLock::new()];
+    FORMS[usize::from(wide)].get_or_init(|| {
+        let fits = |c: &Code| if wide { c.op_code().mode64() } else { c.op_code().mode32() };
+        Code::values().filter(|c| exclusion(*c).is_none()).filter(fits).collect()
+    })
 }
 
 /// A sound starting state of one of six modes: real, 32-bit, 32-bit paged, PAE, long, five-level.

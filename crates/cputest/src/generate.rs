@@ -38,6 +38,12 @@ pub fn generate(code: Code, wide: bool, rng: &mut Rng) -> Option<Case> {
     None
 }
 
+/// The bytes of some instruction of form `code`, at the case's place and in its mode, whatever its
+/// operands point at.
+pub fn some_bytes(code: Code, case: &Case, rng: &mut Rng) -> Option<Vec<u8>> {
+    (0..4).find_map(|_| encode(&build(code.op_code(), case, rng)?, case).ok())
+}
+
 fn place(case: &mut Case, bytes: &[u8]) {
     case.length = bytes.len().min(15);
     case.bytes = [0; 16];

@@ -1,6 +1,6 @@
 //! The CPU against the CPU: each instruction form natively and in the engine, bit for bit.
 //!
-//! `CPUTEST_CASES` sets the number of cases of each form (default 12), `CPUTEST_SEED` the seed,
+//! `CPUTEST_CASES` sets the number of cases of each form (default 30), `CPUTEST_SEED` the seed,
 //! `CPUTEST_FORM` picks the forms whose name contains it, and `CPUTEST_TRACE` names each case
 //! before it runs.
 // Helpers of tests fail as tests do.
@@ -21,7 +21,7 @@ fn chosen(wide: bool) -> Vec<Code> {
 }
 
 fn compare(wide: bool, mode: &str) {
-    let (count, seed) = (setting("CPUTEST_CASES", 12), setting("CPUTEST_SEED", 1));
+    let (count, seed) = (setting("CPUTEST_CASES", 30), setting("CPUTEST_SEED", 1));
     let report = compare_forms(&chosen(wide), wide, count as usize, seed).unwrap();
     let summary = report.summary(mode);
     println!("{summary}");
