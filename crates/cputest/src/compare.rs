@@ -98,7 +98,15 @@ fn both_faults_are_right(instruction: &Instruction, native: &Outcome, engine: &O
         has_several_accesses(instruction) && matches!(pair, (14, 12 | 13) | (12 | 13, 14));
     // AMD reads 32 bits for the 16-bit form, so that its alignment check sees more.
     let wider = instruction.code() == Code::Movsxd_r16_rm16 && native.vector == 17;
-    same_place && (alignment || several) || wider
+    // Whether a mask of zero still touches the page (Intel SDM 2B, MASKMOVDQU), and whether all
+    // of an instruction that is undefined in any case is fetched, is open too.
+    let masked = is_masked_move(instruction.mnemonic()) && native.vector == 14;
+    let undefined = matches!(instruction.mnemonic(), M::Ud0 | M::Ud1) && pair == (6, 14);
+    same_place && (alignment || several || undefined) || wider || masked
+}
+
+fn is_masked_move(mnemonic: M) -> bool {
+    matches!(mnemonic, M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu)
 }
 
 /// OF after a rotation by more than one: the same processor leaves it differently for operands in
