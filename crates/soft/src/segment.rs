@@ -115,7 +115,7 @@ impl Cpu {
     pub(crate) fn mark_accessed(&mut self, d: &mut Descriptor) -> Result<(), Exception> {
         if d.raw >> 40 & 1 == 0 {
             d.raw |= 1 << 40;
-            self.system_store(d.address + 5, d.raw >> 40 & 0xff, 1)?;
+            self.system_store(d.address.wrapping_add(5), d.raw >> 40 & 0xff, 1)?;
         }
         Ok(())
     }

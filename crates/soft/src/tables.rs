@@ -98,7 +98,7 @@ pub(crate) fn load_system_segment(cpu: &mut Cpu, insn: &Instruction) -> Done {
     }
     if task {
         d.raw |= 2 << 40;
-        cpu.system_store(d.address + 5, d.raw >> 40 & 0xff, 1)?;
+        cpu.system_store(d.address.wrapping_add(5), d.raw >> 40 & 0xff, 1)?;
         segment.attributes |= 2;
         cpu.sys.tr = segment;
     } else {

@@ -159,8 +159,8 @@ fn save_old(cpu: &mut Cpu, cause: Cause, rip: u64) -> Result<(), Exception> {
     if cause != Cause::Call
         && let Some(address) = cpu.descriptor_address(tr.selector, 8)
     {
-        let byte = cpu.system_load(address + 5, 1)?;
-        cpu.system_store(address + 5, byte & !2, 1)?;
+        let byte = cpu.system_load(address.wrapping_add(5), 1)?;
+        cpu.system_store(address.wrapping_add(5), byte & !2, 1)?;
     }
     Ok(())
 }
@@ -168,7 +168,7 @@ fn save_old(cpu: &mut Cpu, cause: Cause, rip: u64) -> Result<(), Exception> {
 /// Marks the incoming task busy and, for a nested one, leaves the back link.
 fn link_new(cpu: &mut Cpu, d: &Descriptor, cause: Cause) -> Result<(), Exception> {
     if cause != Cause::Return {
-        cpu.system_store(d.address + 5, (d.raw >> 40 & 0xff) | 2, 1)?;
+        cpu.system_store(d.address.wrapping_add(5), (d.raw >> 40 & 0xff) | 2, 1)?;
     }
     if cause == Cause::Call {
         let link = u64::from(cpu.sys.tr.selector);
