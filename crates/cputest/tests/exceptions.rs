@@ -1,7 +1,7 @@
 //! Exceptions: vector, error code and saved state in each mode (Intel SDM 3A 6.15).
 use arch::registers::{cr0, cr4, rflags};
 use arch::{Segment, SegmentName};
-use cputest::layout::{descriptor, gate64, page, read_u64, write, write_u64};
+use cputest::layout::{descriptor, gate32, gate64, page, read_u64, write, write_u64};
 use cputest::micro::{Exception, Guest, Mode, Stop, at, done, say, sel};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -252,6 +252,22 @@ fn segments_that_are_not_present_raise_np_and_for_the_stack_ss() {
             faults_in(&mut guest, |a| a.mov(eax, u32::from(sel::FREE)), load, vector, error);
         }
     }
+}
+
+#[test]
+fn a_stack_in_the_tss_of_the_wrong_privilege_raises_ts() {
+    let mut guest = Guest::new(Mode::Protected32);
+    guest.start_in_user_mode();
+    guest.state.rflags |= rflags::IOPL;
+    write(&guest.memory, at::TSS + 8, &sel::USER_DATA.to_le_bytes());
+    // The handler's segment is conforming, so that it needs no new stack itself.
+    guest.descriptor(sel::FREE, descriptor(0, 0xfffff, 0xc09f));
+    write_u64(&guest.memory, at::IDT + 8 * 10, gate32(sel::FREE, 0x40a0, 14, 0, 0));
+    guest.handler(0x50, 0x9000, 3);
+    guest.code(at::USER, |a| a.int(0x50));
+    let exception = guest.run().exception();
+    assert_eq!((exception.vector, exception.error), (10, Some(0x38)));
+    assert_eq!(exception.rip, at::USER);
 }
 
 #[test]

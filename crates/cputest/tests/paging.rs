@@ -276,6 +276,38 @@ fn invlpg_and_a_reload_of_cr3_make_new_translations_visible() {
 }
 
 #[test]
+fn global_pages_are_forgotten_by_invlpg_and_by_a_change_of_pge() {
+    for flush in ["invlpg", "pge"] {
+        let mut guest = Guest::new(Mode::LONG);
+        let memory = guest.memory.clone();
+        map(&mut guest, LINEAR, at::DATA, page::P | page::W | page::G);
+        let entry = guest.tables.entry(&memory, LINEAR, 1);
+        guest.tables.map(&memory, 0x71_0000, entry & !0xfff, page::P | page::W);
+        let visible = 0x71_0000 + (entry & 0xfff);
+        write_u64(&memory, at::DATA, 1);
+        write_u64(&memory, at::DATA + 0x1000, 2);
+        guest.code(at::CODE, |a| {
+            a.mov(eax, dword_ptr(LINEAR))?;
+            say(a)?;
+            a.mov(dword_ptr(visible), (at::DATA + 0x1000) as i32 | 3)?;
+            if flush == "pge" {
+                a.mov(rax, cr4)?;
+                a.btr(rax, 7)?;
+                a.mov(cr4, rax)?;
+                a.bts(rax, 7)?;
+                a.mov(cr4, rax)?;
+            } else {
+                a.invlpg(byte_ptr(LINEAR))?;
+            }
+            a.mov(eax, dword_ptr(LINEAR))?;
+            say(a)?;
+            done(a)
+        });
+        assert_eq!(guest.run().done(), [1, 2], "{flush}");
+    }
+}
+
+#[test]
 fn a_page_that_becomes_present_needs_no_flush() {
     let mut guest = Guest::new(Mode::LONG);
     let memory = guest.memory.clone();
