@@ -26,7 +26,7 @@ pub struct Report {
 }
 
 /// How many failures are told in full, in all and of each form.
-const DETAILS: usize = 400;
+const DETAILS: usize = 40;
 const DETAILS_PER_FORM: usize = 1;
 
 /// The forms of one mode that a comparison on this host covers.
