@@ -8,7 +8,7 @@ use crate::translate::flags::Flags;
 use crate::vm::{Written, pending};
 use engine::EngineError;
 use iced_x86::Instruction;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::Ordering;
 
@@ -56,8 +56,13 @@ pub struct Block {
     /// Digest of the guest bytes in `sources`.
     digest: u64,
     incoming: Vec<u32>,
+    /// How often a group of accesses could not be served.
+    splits: u32,
     alive: bool,
 }
+
+/// A block whose groups fail so often is translated anew without them.
+const TOO_MANY_SPLITS: u32 = 4096;
 
 /// A direct exit.
 #[derive(Clone, Copy)]
@@ -110,6 +115,10 @@ pub struct CodeCache {
     far: Vec<(u32, bool)>,
     /// Translated code was invalidated since this was last cleared.
     pub touched: bool,
+    /// Blocks whose groups cross pages again and again: they do without.
+    ungrouped: HashSet<Key, BuildHasherDefault<Mix>>,
+    /// A block to be thrown away before the next one is entered.
+    worn_out: Option<BlockId>,
     /// How often everything was thrown away: numbers of blocks and edges are void after it.
     pub flushes: u64,
     /// Pages that other vCPUs may still write to unnoticed, with the number of answers due.
@@ -131,6 +140,8 @@ impl CodeCache {
             pages: HashMap::default(),
             far: Vec::new(),
             touched: false,
+            ungrouped: HashSet::default(),
+            worn_out: None,
             flushes: 0,
             unsure: Vec::new(),
         })
@@ -200,6 +211,7 @@ impl CodeCache {
             sources,
             digest,
             incoming: Vec::new(),
+            splits: 0,
             alive: true,
         });
         self.map.insert(key, id);
@@ -342,6 +354,22 @@ impl CodeCache {
         (offset <= u64::from(block.code_len)).then_some((block, offset as u32))
     }
 
+    /// Counts a group that could not be served, in the block that holds host address `host`.
+    pub fn note_split(&mut self, host: u64) {
+        let after = self.blocks.partition_point(|b| b.entry < host);
+        let Some(block) = after.checked_sub(1).and_then(|n| self.blocks.get_mut(n)) else { return };
+        block.splits += 1;
+        if block.splits == TOO_MANY_SPLITS {
+            self.ungrouped.insert(block.key);
+            self.worn_out = Some(after as BlockId - 1);
+        }
+    }
+
+    /// Whether a block is to be translated without groups.
+    pub fn is_ungrouped(&self, key: &Key) -> bool {
+        self.ungrouped.contains(key)
+    }
+
     /// Pages that hold code.
     pub fn code_pages(&self) -> impl Iterator<Item = u64> {
         self.pages.keys().copied()
@@ -356,6 +384,8 @@ impl CodeCache {
         self.pages.clear();
         self.far.clear();
         self.unsure.clear();
+        self.ungrouped.clear();
+        self.worn_out = None;
         self.flushes += 1;
         self.touched = true;
     }
@@ -453,6 +483,14 @@ impl Cpu {
         let vm = self.vm.clone();
         let changed = self.cache.changed(page, |s| crate::translate::digest(&vm.ram, s));
         self.kill_all(page, &changed);
+    }
+
+    /// Throws a block away that is to be translated differently.
+    pub fn drop_worn_out(&mut self) {
+        if let Some(id) = self.cache.worn_out.take() {
+            let page = self.cache.block(id).map_or(0, |b| b.key.physical & !0xfff);
+            self.kill_all(page, &[id]);
+        }
     }
 
     fn kill_all(&mut self, page: u64, blocks: &[BlockId]) -> bool {

@@ -132,6 +132,8 @@ pub struct Cpu {
     pub raw_flags: u64,
     /// Flags in the same form, as they were when a thunk or a signal interrupted translated code.
     pub host_flags: u64,
+    /// Host addresses of the present block's groups of accesses.
+    pub groups: [u64; crate::translate::groups::MAX_GROUPS],
     /// Spill slots of translated code.
     pub spill: [u64; 4],
     /// The host's stack pointer while translated code runs.
@@ -193,6 +195,8 @@ pub struct Cpu {
     pub triple_fault: bool,
     /// The present instruction ended in an exception.
     pub faulted: bool,
+    /// The next block is to be one without groups.
+    pub plain: bool,
     /// Base of CS for which links and jump caches were filled.
     pub jump_base: u64,
     /// Timer and signal stack of the thread in `Vcpu::run`.

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
+use crate::mmu::Want;
 use crate::thunks::exit;
 use crate::translate::classify::{Class, classify};
 use arch::SegmentName;
@@ -16,13 +17,13 @@ impl AccessInfo {
     const READS: u32 = 1 << 8;
     const WRITES: u32 = 1 << 9;
 
-    /// An access of `size` bytes (1 to 64) through `segment`.
+    /// An access of `size` bytes (1 to 64, of a group up to 4096) through `segment`.
     pub fn new(size: u32, reads: bool, writes: bool, segment: SegmentName) -> Self {
         let flags = if reads { Self::READS } else { 0 } | if writes { Self::WRITES } else { 0 };
-        Self(size & 0xff | flags | (segment as u32) << 12)
+        Self(size << 16 | flags | (segment as u32) << 12)
     }
     fn size(self) -> usize {
-        (self.0 & 0xff) as usize
+        (self.0 >> 16) as usize
     }
     fn reads(self) -> bool {
         self.0 & Self::READS != 0
@@ -103,6 +104,28 @@ pub extern "sysv64" fn write(cpu: *mut Cpu, address: u64, info: u32, host: u64) 
                 LEAVE
             }
         }
+    })
+}
+
+/// The probe of a group of accesses missed: finds the host address of the group if it lies in one
+/// page of plain RAM; else leaves, to go on without groups.
+pub extern "sysv64" fn group(cpu: *mut Cpu, address: u64, info: u32, host: u64) -> Answer {
+    guarded(cpu, LEAVE, |cpu| {
+        let info = AccessInfo(info);
+        let want = if info.writes() { Want::Write } else { Want::Read };
+        let inside = (address & 0xfff) as usize + info.size() <= 4096;
+        if inside
+            && check_canonical(cpu, address, info).is_ok()
+            && let Ok(Some(value)) = cpu.fill_tlb(address, want)
+        {
+            return Answer { value, status: 1 };
+        }
+        cpu.locate(host);
+        cpu.unpack_flags();
+        cpu.cache.note_split(host);
+        cpu.plain = true;
+        cpu.exit = exit::HELPER;
+        LEAVE
     })
 }
 

@@ -92,6 +92,8 @@ impl Mode {
         SHADOW = 16, shadow;
         /// CR4.TSD with CPL above 0: RDTSC faults.
         NO_TSC = 17, no_tsc;
+        /// Each access by itself: see `translate::groups`.
+        PLAIN = 30, plain;
     }
     const SEGMENTS: u32 = 18;
 

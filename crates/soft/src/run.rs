@@ -7,6 +7,7 @@ use crate::events;
 use crate::exception::Exception;
 use crate::fpu;
 use crate::lapic;
+use crate::mode::Mode;
 use crate::signals::{self, AltStack, HostTimer, POLL_ATTRACT};
 use crate::thunks::{self, exit};
 use crate::vm::{Mailbox, Written, pending};
@@ -160,6 +161,9 @@ fn stretch(cpu: &mut Cpu) -> Result<(), EngineError> {
 /// The host address at which to enter the code at `rip`, from the jump cache if it is there, which
 /// else learns it; faults of the fetch are delivered.
 fn entry(cpu: &mut Cpu) -> Option<u64> {
+    if std::mem::take(&mut cpu.plain) {
+        return plain_entry(cpu);
+    }
     let mmu = cpu.mode.mmu() as usize;
     let slot = jump_slot(cpu.rip);
     cpu.match_jump_mode(mmu);
@@ -174,6 +178,22 @@ fn entry(cpu: &mut Cpu) -> Option<u64> {
     cpu.jumps[mmu].pcs[slot] = cpu.rip;
     cpu.jumps[mmu].hosts[slot] = host;
     Some(host)
+}
+
+/// The same for a translation without groups of accesses, to get over one that failed.
+fn plain_entry(cpu: &mut Cpu) -> Option<u64> {
+    cpu.drop_worn_out();
+    let mode = cpu.mode;
+    cpu.mode.0 |= Mode::PLAIN;
+    let block = cpu.block_at(cpu.rip);
+    cpu.mode = mode;
+    match block {
+        Ok(block) => cpu.cache.block(block).map(|b| b.saved_entry),
+        Err(exception) => {
+            crate::interrupt::deliver_exception(cpu, exception);
+            None
+        }
+    }
 }
 
 /// Runs one instruction in step mode or in an interrupt shadow, with the debug traps that follow.

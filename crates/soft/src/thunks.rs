@@ -24,10 +24,11 @@ pub mod index {
     pub const COMMIT: usize = 5;
     pub const SEGMENT: usize = 6;
     pub const EXECUTE: usize = 7;
-    /// Distance from each of the five above to its variant for blocks that use vectors.
-    pub const VECTOR: usize = 5;
-    pub const LOAD_VECTORS: usize = 13;
-    pub const COUNT: usize = 14;
+    pub const GROUP: usize = 8;
+    /// Distance from each of the six above to its variant for blocks that use vectors.
+    pub const VECTOR: usize = 6;
+    pub const LOAD_VECTORS: usize = 15;
+    pub const COUNT: usize = 16;
 }
 
 /// Why translated code returned, in [`Cpu::exit`].
@@ -54,11 +55,13 @@ pub fn table() -> [usize; index::COUNT] {
         commit as *const () as usize,
         segment as *const () as usize,
         execute as *const () as usize,
+        group as *const () as usize,
         read_vector as *const () as usize,
         write_vector as *const () as usize,
         commit_vector as *const () as usize,
         segment_vector as *const () as usize,
         execute_vector as *const () as usize,
+        group_vector as *const () as usize,
         load_vectors_at_entry as *const () as usize,
     ]
 }
@@ -336,6 +339,14 @@ access_thunk!(
     segment, helpers::segment, stay_saved
 );
 access_thunk!(segment_vector, helpers::segment, load_vectors);
+
+access_thunk!(
+    /// RDI: lowest linear address of a group, ESI: `helpers::AccessInfo`. Returns RDI: host address.
+    group,
+    helpers::group,
+    stay_saved
+);
+access_thunk!(group_vector, helpers::group, load_vectors);
 
 macro_rules! commit_thunk {
     ($(#[$doc:meta])* $name:ident, $after:path) => {

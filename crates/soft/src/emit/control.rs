@@ -163,7 +163,7 @@ impl Emitter<'_> {
         let extra = if insn.op_count() > 0 { u32::from(insn.immediate16()) } else { 0 };
         let total = insn.stack_pointer_increment().unsigned_abs();
         self.free_flags(ALL);
-        self.pop_to_address(total.saturating_sub(extra), extra);
+        self.pop_to(ADDRESS, total.saturating_sub(extra), extra);
         self.go_indirect();
     }
 
@@ -181,6 +181,7 @@ impl Emitter<'_> {
         self.indirect_target(insn);
         self.asm.store(Width::W64, layout::spill(1), ADDRESS);
         self.push_value(Source::Constant(insn.next_ip()), size);
+        self.holds = None;
         self.asm.load(Width::W64, ADDRESS, layout::spill(1));
         self.go_indirect();
     }
@@ -193,6 +194,7 @@ impl Emitter<'_> {
             return;
         }
         let register: Register = insn.op0_register();
+        self.holds = None;
         self.read_gpr(ADDRESS, register);
         match register.size() {
             2 => self.asm.rr(Width::W32, super::asm::op::MOVZX16, ADDRESS, ADDRESS),

@@ -45,6 +45,11 @@ pub const fn spill(n: usize) -> Mem {
     Mem::cpu(offset_of!(Cpu, spill) + 8 * n)
 }
 
+/// Slot of group `n`.
+pub const fn group(n: usize) -> Mem {
+    Mem::cpu(offset_of!(Cpu, groups) + 8 * n)
+}
+
 /// Base of segment register `n`.
 pub const fn segment_base(n: usize) -> Mem {
     Mem::cpu(

@@ -7,6 +7,7 @@ use crate::mmu::TLB_ENTRIES;
 use crate::mode::{CodeSize, SegmentClass};
 use crate::thunks::index;
 use crate::translate::classify::Operand;
+use crate::translate::groups::Member;
 use arch::SegmentName;
 use iced_x86::{Instruction, Register};
 
@@ -24,6 +25,25 @@ pub fn segment_name(register: Register) -> SegmentName {
 
 /// An access between its probe and its end.
 #[must_use]
+pub enum Place {
+    /// Of its own.
+    Single(Site),
+    /// In a group: at this distance from the address in RDI.
+    Grouped(i32),
+}
+
+impl Place {
+    /// The operand of the access, RDI being its base.
+    pub fn mem(&self) -> Mem {
+        match self {
+            Self::Single(_) => Mem::at(ADDRESS, 0),
+            Self::Grouped(distance) => Mem::at(ADDRESS, *distance),
+        }
+    }
+}
+
+/// The probe of an access of its own.
+#[must_use]
 pub struct Site {
     miss: super::asm::Fixup,
     table: i32,
@@ -36,6 +56,7 @@ impl Emitter<'_> {
     /// Puts the offset (effective address) of the memory operand into RDI; clobbers RSI, but no
     /// flags.
     pub fn effective_address(&mut self, insn: &Instruction) {
+        self.holds = None;
         let displacement = insn.memory_displacement64();
         let base = insn.memory_base();
         let (width, mask16) = self.address_width(insn);
@@ -114,9 +135,93 @@ impl Emitter<'_> {
         }
     }
 
+    /// Gets at the instruction's memory operand: RDI is then the base of [`Place::mem`]. Clobbers
+    /// RSI, and flags that are not live.
+    pub fn open(&mut self, insn: &Instruction, operand: Operand) -> Place {
+        let segment = segment_name(insn.memory_segment());
+        if let Some(member) = self.operand_member {
+            if member.first {
+                self.free_flags(self.live_before);
+                self.effective_address(insn);
+                self.open_group(member, operand);
+            }
+            return self.join(member);
+        }
+        self.free_flags(self.live_before);
+        self.effective_address(insn);
+        self.apply_segment(segment, operand);
+        Place::Single(self.probe(operand, segment))
+    }
+
+    /// The same for the stack: at `offset` from register `base`.
+    pub fn open_stack(&mut self, base: Reg, offset: i32, operand: Operand) -> Place {
+        let width = if self.context.mode.is_64() { Width::W64 } else { Width::W32 };
+        if let Some(member) = self.stack_member {
+            if member.first {
+                self.free_flags(self.live_before);
+                self.asm.lea(width, ADDRESS, Mem::at(base, offset));
+                self.open_group(member, operand);
+            }
+            return self.join(member);
+        }
+        self.free_flags(self.live_before);
+        self.holds = None;
+        self.asm.lea(width, ADDRESS, Mem::at(base, offset));
+        self.apply_segment(SegmentName::Ss, operand);
+        Place::Single(self.probe(operand, SegmentName::Ss))
+    }
+
+    /// Probes for the whole group whose first member's address is in RDI.
+    fn open_group(&mut self, member: Member, operand: Operand) {
+        let Some(group) = self.groups.get(member.group).copied() else { return };
+        if member.distance != 0 {
+            let width = if self.context.mode.is_64() { Width::W64 } else { Width::W32 };
+            self.asm.lea(width, ADDRESS, Mem::at(ADDRESS, -member.distance));
+        }
+        let span = Operand { size: group.span(), reads: operand.reads, writes: group.write };
+        let site = self.probe(span, SegmentName::Ds);
+        self.cold.push(Cold::Group {
+            miss: site.miss,
+            table: site.table,
+            info: site.info,
+            back: site.back,
+            position: site.position,
+        });
+        self.asm.store(Width::W64, layout::group(member.group), ADDRESS);
+        self.holds = Some(member.group);
+    }
+
+    /// Makes RDI the address of the member's group.
+    fn join(&mut self, member: Member) -> Place {
+        if self.holds != Some(member.group) {
+            self.asm.load(Width::W64, ADDRESS, layout::group(member.group));
+            self.holds = Some(member.group);
+        }
+        Place::Grouped(member.distance)
+    }
+
+    pub(super) fn place_group(
+        &mut self,
+        miss: super::asm::Fixup,
+        table: i32,
+        info: AccessInfo,
+        back: usize,
+        position: usize,
+    ) {
+        self.resume_position(position);
+        self.asm.bind(miss);
+        let tag = Mem::indexed(Reg::RSP, SCRATCH, 0, table);
+        self.asm.rm(Width::W64, op::XOR_LOAD, ADDRESS, tag);
+        self.asm.mov_imm(SCRATCH, u64::from(info.0));
+        let thunk = self.thunk(index::GROUP);
+        self.asm.call_mem(thunk);
+        self.asm.jmp_to(back);
+    }
+
     /// Probes the TLB for the linear address in RDI, which becomes a host address. Clobbers RSI
-    /// and flags. The access itself must follow, then [`Emitter::end_access`].
-    pub fn probe(&mut self, operand: Operand, segment: SegmentName) -> Site {
+    /// and flags. The access itself must follow, then [`Emitter::close`].
+    pub(super) fn probe(&mut self, operand: Operand, segment: SegmentName) -> Site {
+        self.holds = None;
         let info = AccessInfo::new(operand.size, operand.reads, operand.writes, segment);
         let table = layout::tlb_table(self.context.mode.mmu() as usize, operand.writes);
         let tag = Mem::indexed(Reg::RSP, SCRATCH, 0, table);
@@ -136,9 +241,10 @@ impl Emitter<'_> {
         Site { miss, table, info, back: self.asm.here(), position }
     }
 
-    /// Ends the access begun by [`Emitter::probe`]. For a write, all code since then must be
+    /// Ends the access begun by [`Emitter::open`]. For a write, all code since then must be
     /// position-independent, since the slow path holds a copy of it.
-    pub fn end_access(&mut self, site: Site) {
+    pub fn close(&mut self, place: Place) {
+        let Place::Single(site) = place else { return };
         let after = self.asm.here();
         self.cold.push(Cold::Access {
             miss: site.miss,

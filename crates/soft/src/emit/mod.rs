@@ -15,6 +15,7 @@ use crate::mode::Mode;
 use crate::thunks::index;
 use crate::translate::classify::Operands;
 use crate::translate::flags::{self, Effect, Flags};
+use crate::translate::groups::{Group, Member};
 use asm::{Asm, Fixup, Mem, Reg, Width, cc};
 use iced_x86::{Encoder, FlowControl, Instruction};
 use layout::{ADDRESS, RAW_FLAGS, SCRATCH};
@@ -70,6 +71,7 @@ pub struct EdgeSpec {
 /// Code that runs rarely.
 enum Cold {
     Access { miss: Fixup, table: i32, info: AccessInfo, back: usize, after: usize, position: usize },
+    Group { miss: Fixup, table: i32, info: AccessInfo, back: usize, position: usize },
     Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn },
     Indirect { miss: Fixup },
 }
@@ -113,6 +115,12 @@ pub struct Emitter<'a> {
     /// Flags live before and after the present instruction.
     live_before: Flags,
     live_after: Flags,
+    groups: Vec<Group>,
+    /// Membership of the present instruction's operand and stack access.
+    operand_member: Option<Member>,
+    stack_member: Option<Member>,
+    /// The group whose host address RDI holds.
+    holds: Option<usize>,
 }
 
 /// Finished code of a block.
@@ -133,7 +141,13 @@ pub struct Emitted {
 
 impl<'a> Emitter<'a> {
     /// Starts a block into which `live_in` flags flow.
-    pub fn new(context: Context, operands: &'a mut Operands, live_in: Flags, poll: bool) -> Self {
+    pub fn new(
+        context: Context,
+        operands: &'a mut Operands,
+        groups: Vec<Group>,
+        live_in: Flags,
+        poll: bool,
+    ) -> Self {
         let mut emitter = Self {
             asm: Asm::default(),
             context,
@@ -149,6 +163,10 @@ impl<'a> Emitter<'a> {
             transfer: false,
             live_before: live_in,
             live_after: live_in,
+            groups,
+            operand_member: None,
+            stack_member: None,
+            holds: None,
         };
         emitter.mark();
         if poll {
@@ -184,6 +202,12 @@ impl<'a> Emitter<'a> {
         self.live_before = if self.context.precise { flags::ALL } else { live_before };
         self.live_after = if self.context.precise { flags::ALL } else { live_after };
         self.mark();
+    }
+
+    /// Says which of the next instruction's accesses belong to groups.
+    pub fn set_members(&mut self, operand: Option<Member>, stack: Option<Member>) {
+        self.operand_member = operand;
+        self.stack_member = stack;
     }
 
     /// Makes sure that live flags survive code that clobbers the host's.
@@ -241,6 +265,7 @@ impl<'a> Emitter<'a> {
             self.flags = FlagsIn::Saved;
             self.mark();
         }
+        self.holds = None;
         self.asm.mov_imm(ADDRESS, insn as u64);
         let thunk = self.thunk(index::EXECUTE);
         self.asm.call_mem(thunk);
@@ -301,6 +326,9 @@ impl<'a> Emitter<'a> {
         match cold {
             Cold::Access { miss, table, info, back, after, position } => {
                 self.place_access(miss, table, info, (back, after), position);
+            }
+            Cold::Group { miss, table, info, back, position } => {
+                self.place_group(miss, table, info, back, position);
             }
             Cold::Edge { fixup, edge, flags } => self.place_edge(fixup, edge, flags),
             Cold::Indirect { miss } => {

@@ -2,7 +2,7 @@
 use super::Emitter;
 use super::asm::{Mem, Reg, Width, op};
 use super::layout::{self, ADDRESS, SCRATCH};
-use super::memory::segment_name;
+use super::memory::{Place, segment_name};
 use crate::translate::classify::{self, Operand, has_memory};
 use crate::translate::flags::Effect;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
@@ -37,22 +37,23 @@ impl Emitter<'_> {
         let memory = has_memory(insn).then(|| self.operands.memory(insn)).flatten();
         let accesses_memory = memory.is_some();
         let visitors = self.visitors(insn, has_memory(insn));
-        let site = memory.map(|operand| {
-            self.free_flags(self.live_before);
-            self.effective_address(insn);
-            let segment = segment_name(insn.memory_segment());
-            self.apply_segment(segment, operand);
-            self.probe(operand, segment)
-        });
+        let place = memory.map(|operand| self.open(insn, operand));
         self.flags_for(effect);
         self.bring(&visitors);
-        let host = rename(insn, &visitors, accesses_memory);
+        let distance = match place {
+            Some(Place::Grouped(distance)) => distance,
+            _ => 0,
+        };
+        let host = rename(insn, &visitors, accesses_memory.then_some(distance));
         self.encode(&host)?;
         self.flags_after(effect);
         self.take_back(&visitors);
-        if let Some(site) = site {
+        if visitors.0.iter().any(|v| v.scratch == ADDRESS) {
+            self.holds = None;
+        }
+        if let Some(place) = place {
             self.mark();
-            self.end_access(site);
+            self.close(place);
         }
         Ok(())
     }
@@ -159,17 +160,18 @@ impl Emitter<'_> {
         let size = insn.memory_size().size() as u32;
         let operand = Operand { size, reads: load, writes: !load };
         self.free_flags(self.live_before);
+        self.holds = None;
         self.asm.mov_imm(ADDRESS, insn.memory_displacement64());
         let segment = segment_name(insn.memory_segment());
         self.apply_segment(segment, operand);
-        let site = self.probe(operand, segment);
+        let place = Place::Single(self.probe(operand, segment));
         match (load, size) {
             (true, 1) => self.asm.raw(&[0x8a, 0x07]),
             (false, 1) => self.asm.raw(&[0x88, 0x07]),
             (true, _) => self.asm.load(width_of(size), Reg::RAX, Mem::at(ADDRESS, 0)),
             (false, _) => self.asm.store(width_of(size), Mem::at(ADDRESS, 0), Reg::RAX),
         }
-        self.end_access(site);
+        self.close(place);
         Ok(())
     }
 
@@ -198,19 +200,19 @@ impl Emitter<'_> {
         }
         let segment = segment_name(insn.memory_segment());
         self.apply_segment(segment, operand);
-        let site = self.probe(operand, segment);
+        let place = Place::Single(self.probe(operand, segment));
         self.read_gpr(SCRATCH, bit);
         self.asm.alu_imm(Width::W32, 4, SCRATCH, size as i32 * 8 - 1);
         if self.live_after & !effect.kills != 0 {
             self.asm.restore_flags_through(layout::RAW_FLAGS, layout::spill(0));
         }
         let mut host = *insn;
-        redirect(&mut host);
+        redirect(&mut host, 0);
         host.set_op1_register(sized(usize::from(SCRATCH.0), size as usize));
         self.encode(&host)?;
         self.flags_after(effect);
         self.mark();
-        self.end_access(site);
+        self.close(place);
         Ok(())
     }
 }
@@ -270,21 +272,21 @@ fn width_of(size: u32) -> Width {
     }
 }
 
-/// Makes the memory operand `[rdi]`.
-fn redirect(insn: &mut Instruction) {
+/// Makes the memory operand `[rdi + distance]`.
+fn redirect(insn: &mut Instruction, distance: i32) {
     insn.set_memory_base(Register::RDI);
     insn.set_memory_index(Register::None);
     insn.set_memory_index_scale(1);
-    insn.set_memory_displacement64(0);
-    insn.set_memory_displ_size(0);
+    insn.set_memory_displacement64(i64::from(distance) as u64);
+    insn.set_memory_displ_size(u32::from(distance != 0));
     insn.set_segment_prefix(Register::None);
 }
 
 /// The instruction with host registers.
-fn rename(insn: &Instruction, visitors: &Visitors, memory: bool) -> Instruction {
+fn rename(insn: &Instruction, visitors: &Visitors, memory: Option<i32>) -> Instruction {
     let mut host = *insn;
-    if memory {
-        redirect(&mut host);
+    if let Some(distance) = memory {
+        redirect(&mut host, distance);
     }
     host.set_code(long_mode_code(host.code()));
     for i in 0..host.op_count() {

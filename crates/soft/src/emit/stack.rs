@@ -3,7 +3,6 @@
 use super::Emitter;
 use super::asm::{Mem, Reg, Width};
 use super::layout::{self, ADDRESS, GUEST_RSP, SCRATCH};
-use super::memory::segment_name;
 use crate::mode::{Mode, SegmentClass};
 use crate::translate::classify::Operand;
 use arch::SegmentName;
@@ -34,12 +33,9 @@ impl Emitter<'_> {
     /// Pushes `size` bytes (2, 4 or 8).
     pub fn push_value(&mut self, source: Source, size: u32) {
         let operand = Operand { size, reads: false, writes: true };
-        self.free_flags(self.live_before);
         let width = self.stack_width();
-        self.asm.lea(width, ADDRESS, Mem::at(GUEST_RSP, -(size as i32)));
-        self.apply_segment(SegmentName::Ss, operand);
-        let site = self.probe(operand, SegmentName::Ss);
-        let place = Mem::at(ADDRESS, 0);
+        let access = self.open_stack(GUEST_RSP, -(size as i32), operand);
+        let place = access.mem();
         let store_width = operand_width(size);
         match source {
             Source::Register(r) => {
@@ -64,7 +60,7 @@ impl Emitter<'_> {
             }
         }
         self.asm.lea(width, GUEST_RSP, Mem::at(GUEST_RSP, -(size as i32)));
-        self.end_access(site);
+        self.close(access);
     }
 
     /// PUSH of a register or an immediate.
@@ -88,17 +84,16 @@ impl Emitter<'_> {
     /// Loads the memory operand, zero-extended, to RDI.
     pub fn load_operand(&mut self, insn: &Instruction, size: u32) {
         let operand = Operand { size, reads: true, writes: false };
-        self.free_flags(self.live_before);
-        self.effective_address(insn);
-        let segment = segment_name(insn.memory_segment());
-        self.apply_segment(segment, operand);
-        let site = self.probe(operand, segment);
-        self.load_zero_extended(ADDRESS, size);
-        self.end_access(site);
+        let place = self.open(insn, operand);
+        self.load_zero_extended(ADDRESS, place.mem(), size);
+        self.close(place);
     }
 
-    fn load_zero_extended(&mut self, to: Reg, size: u32) {
-        let place = Mem::at(ADDRESS, 0);
+    /// Loads a value; RDI as the target no longer holds an address.
+    fn load_zero_extended(&mut self, to: Reg, place: Mem, size: u32) {
+        if to == ADDRESS {
+            self.holds = None;
+        }
         match size {
             2 => self.asm.rm(Width::W32, super::asm::op::MOVZX16, to, place),
             4 => self.asm.load(Width::W32, to, place),
@@ -106,24 +101,22 @@ impl Emitter<'_> {
         }
     }
 
-    /// Loads the top of the stack, zero-extended, to RDI, and then moves RSP up by `size + extra`.
-    pub fn pop_to_address(&mut self, size: u32, extra: u32) {
+    /// Loads the top of the stack, zero-extended, to a scratch register, and then moves RSP up by
+    /// `size + extra`.
+    pub fn pop_to(&mut self, to: Reg, size: u32, extra: u32) {
         let operand = Operand { size, reads: true, writes: false };
-        self.free_flags(self.live_before);
         let width = self.stack_width();
-        self.asm.mov(width, ADDRESS, GUEST_RSP);
-        self.apply_segment(SegmentName::Ss, operand);
-        let site = self.probe(operand, SegmentName::Ss);
-        self.load_zero_extended(ADDRESS, size);
-        self.end_access(site);
+        let place = self.open_stack(GUEST_RSP, 0, operand);
+        self.load_zero_extended(to, place.mem(), size);
+        self.close(place);
         self.asm.lea(width, GUEST_RSP, Mem::at(GUEST_RSP, (size + extra) as i32));
     }
 
     /// POP of a register.
     pub fn pop(&mut self, insn: &Instruction) {
         let size = insn.stack_pointer_increment().unsigned_abs();
-        self.pop_to_address(size, 0);
-        self.write_gpr(insn.op0_register(), ADDRESS);
+        self.pop_to(SCRATCH, size, 0);
+        self.write_gpr(insn.op0_register(), SCRATCH);
     }
 
     /// LEAVE: RSP from RBP, then POP RBP.
@@ -135,13 +128,10 @@ impl Emitter<'_> {
             _ => 8,
         };
         let operand = Operand { size, reads: true, writes: false };
-        self.free_flags(self.live_before);
         let width = self.stack_width();
-        self.asm.mov(width, ADDRESS, Reg::RBP);
-        self.apply_segment(SegmentName::Ss, operand);
-        let site = self.probe(operand, SegmentName::Ss);
-        self.load_zero_extended(ADDRESS, size);
-        self.end_access(site);
+        let place = self.open_stack(Reg::RBP, 0, operand);
+        self.load_zero_extended(ADDRESS, place.mem(), size);
+        self.close(place);
         self.asm.lea(width, GUEST_RSP, Mem::at(Reg::RBP, size as i32));
         let target = super::native::sized(5, size as usize);
         self.write_gpr(target, ADDRESS);

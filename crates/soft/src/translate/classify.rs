@@ -397,6 +397,15 @@ impl Operands {
         })
     }
 
+    /// All registers that the instruction uses, with how.
+    pub fn registers(
+        &mut self,
+        insn: &Instruction,
+    ) -> impl Iterator<Item = (iced_x86::Register, OpAccess)> {
+        let info = self.factory.info_options(insn, InstructionInfoOptions::NO_MEMORY_USAGE);
+        info.used_registers().iter().map(|used| (used.register(), used.access()))
+    }
+
     /// The memory operand, if there is one that is accessed.
     pub fn memory(&mut self, insn: &Instruction) -> Option<Operand> {
         let i = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)?;

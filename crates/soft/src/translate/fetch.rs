@@ -203,7 +203,7 @@ impl Cpu {
 
 fn step(insn: Instruction, class: Class) -> Step {
     let effect = flags::effect(&insn, class);
-    Step { insn, class, effect, live_before: ALL, live_after: ALL }
+    Step { insn, class, effect, live_before: ALL, live_after: ALL, operand: None, stack: None }
 }
 
 /// The class of an instruction, given the mode.

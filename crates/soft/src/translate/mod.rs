@@ -6,6 +6,7 @@
 pub mod classify;
 pub mod fetch;
 pub mod flags;
+pub mod groups;
 
 use crate::cache::{BlockId, Key, NewBlock, Source};
 use crate::cpu::Cpu;
@@ -19,6 +20,7 @@ use arch::SegmentName;
 use classify::{Class, Operands};
 use fetch::Run;
 use flags::{ALL, Effect, Flags};
+use groups::Member;
 use iced_x86::Instruction;
 use std::sync::atomic::Ordering;
 
@@ -30,6 +32,10 @@ pub struct Step {
     effect: Effect,
     live_before: Flags,
     live_after: Flags,
+    /// Membership of the memory operand in a group.
+    operand: Option<Member>,
+    /// Membership of the implicit stack access.
+    stack: Option<Member>,
 }
 
 /// Digest of the bytes that a block was made from.
@@ -178,10 +184,16 @@ impl Cpu {
         let live_in = steps.first().map_or(ALL, |s| s.live_before);
         let poll = steps.last().is_some_and(|s| run.may_loop(s));
         let mut operands = Operands::default();
-        let mut emitter = Emitter::new(context, &mut operands, live_in, poll);
+        let mut steps = steps.clone();
+        let groups = match self.cache.is_ungrouped(&key) {
+            true => Vec::new(),
+            false => groups::plan(&mut steps, mode, &mut operands),
+        };
+        let mut emitter = Emitter::new(context, &mut operands, groups, live_in, poll);
         let mut next_helped = helped.iter();
-        for step in steps {
+        for step in &steps {
             emitter.begin(&step.insn, step.live_before, step.live_after);
+            emitter.set_members(step.operand, step.stack);
             if self.is_helped(step, mode) {
                 if let Some(insn) = next_helped.next() {
                     emitter.helper(insn);
