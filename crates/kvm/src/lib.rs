@@ -1,0 +1,81 @@
+//! The KVM engine: guest CPUs run on the hardware's virtualisation, by way of Linux's `/dev/kvm`.
+//!
+//! [`host`] says what this host offers. [`vm`] makes a VM: memory slots first, then the split
+//! interrupt chip, with the LAPICs in the kernel and PIC and IOAPIC in the machine. [`vcpu`] is
+//! the run loop and [`exits`] what guests ask of the machine; [`attention`] makes a running vCPU
+//! look up; [`state`] translates between KVM's structures and the engine-neutral state. Where
+//! KVM's instruction emulator does not know an instruction, [`completion`] lets a companion engine
+//! execute it.
+//!
+//! Source for KVM's interface: Linux, Documentation/virt/kvm/api.rst; sections are cited as
+//! "api.rst §4.35".
+//!
+//! `unsafe` code is confined to `attention`, `exits`, `memory`, `raw` and `state::fpu`.
+mod attention;
+mod completion;
+mod cpuid;
+mod error;
+mod exits;
+mod host;
+mod memory;
+mod raw;
+mod routes;
+mod state;
+mod vcpu;
+mod vm;
+
+pub use host::{Access, HostKvm, Virtualisation};
+
+use arch::CpuModel;
+use engine::{Engine, EngineError, Vm, VmConfig};
+use kvm_ioctls::Kvm;
+use std::sync::Arc;
+
+/// Makes the engine that executes what KVM's instruction emulator does not know, when a guest
+/// first needs it.
+pub type Companion = fn() -> Result<Arc<dyn Engine>, EngineError>;
+
+/// The KVM engine.
+pub struct KvmEngine {
+    kvm: Kvm,
+    companion: Option<Companion>,
+}
+
+impl KvmEngine {
+    /// Opens `/dev/kvm`. Guests end with an error where KVM cannot execute an instruction.
+    ///
+    /// # Errors
+    /// There is no `/dev/kvm`, this user may not open it, or the kernel lacks a capability; the
+    /// message says which, and what to do.
+    pub fn new() -> Result<Self, EngineError> {
+        attention::install()?;
+        Ok(Self { kvm: host::open()?, companion: None })
+    }
+
+    /// As [`Self::new`], with an engine that executes what KVM's instruction emulator does not
+    /// know.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_companion(companion: Companion) -> Result<Self, EngineError> {
+        Ok(Self { companion: Some(companion), ..Self::new()? })
+    }
+}
+
+impl Engine for KvmEngine {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn max_vcpus(&self) -> u32 {
+        vm::max_vcpus(&self.kvm)
+    }
+
+    fn host_cpu(&self) -> CpuModel {
+        cpuid::host_model(&self.kvm)
+    }
+
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
+        Ok(Arc::new(vm::KvmVm::new(&self.kvm, config, self.companion)?))
+    }
+}

@@ -1,0 +1,119 @@
+//! Events between instructions (api.rst §4.31).
+//!
+//! KVM may hold an event that it began to deliver and could not finish. The neutral state is one
+//! at an instruction boundary, so such an event is undone: an interrupt goes back to the LAPIC, an
+//! NMI waits again, and a fault happens again when its instruction does.
+use crate::error::element;
+use arch::registers::vector;
+use arch::{LapicState, VcpuState};
+use engine::EngineError;
+use kvm_bindings::{KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, kvm_vcpu_events};
+use kvm_ioctls::VcpuFd;
+
+/// KVM_X86_SHADOW_INT_STI.
+const SHADOW_STI: u8 = 2;
+/// Registers of the LAPIC, by number.
+const IN_SERVICE: usize = 0x10;
+const REQUESTED: usize = 0x20;
+
+fn read(vcpu: &VcpuFd) -> Result<kvm_vcpu_events, EngineError> {
+    vcpu.get_vcpu_events().map_err(element("read", "pending events"))
+}
+
+/// Reads the events into a state whose LAPIC has been read before.
+///
+/// # Errors
+/// KVM does not let them be read, or one cannot be undone.
+pub fn get(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
+    let events = read(vcpu)?;
+    state.events.interrupt_shadow = events.interrupt.shadow != 0;
+    state.events.nmi_pending = events.nmi.pending != 0 || events.nmi.injected != 0;
+    // Delivery of an NMI begins with blocking others.
+    state.events.nmi_blocked = events.nmi.masked != 0 && events.nmi.injected == 0;
+    if events.exception.injected != 0 || events.exception.pending != 0 {
+        let number = events.exception.nr;
+        if matches!(number, vector::DB | vector::BP | vector::OF) {
+            return Err(EngineError::Unsupported(format!(
+                "a trap (vector {number}) is being delivered, which a saved state has no place for"
+            )));
+        }
+    }
+    if events.interrupt.injected != 0 {
+        let number = events.interrupt.nr;
+        if events.interrupt.soft != 0 || !withdraw(&mut state.lapic, number) {
+            return Err(EngineError::Unsupported(format!(
+                "an interrupt that the LAPIC does not know of (vector {number:#x}) is being \
+                 delivered, which a saved state has no place for"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Moves a vector from in service back to requested; answers whether it was in service.
+fn withdraw(lapic: &mut LapicState, number: u8) -> bool {
+    let (word, bit) = (usize::from(number / 32), 1 << (number % 32));
+    match lapic.registers.get_mut(IN_SERVICE + word) {
+        Some(register) if *register & bit != 0 => *register &= !bit,
+        _ => return false,
+    }
+    if let Some(register) = lapic.registers.get_mut(REQUESTED + word) {
+        *register |= bit;
+    }
+    true
+}
+
+/// Replaces all events.
+///
+/// # Errors
+/// KVM does not take them.
+pub fn set(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), EngineError> {
+    let mut events = kvm_vcpu_events {
+        flags: KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW,
+        ..Default::default()
+    };
+    events.interrupt.shadow = if state.events.interrupt_shadow { SHADOW_STI } else { 0 };
+    events.nmi.pending = u8::from(state.events.nmi_pending);
+    events.nmi.masked = u8::from(state.events.nmi_blocked);
+    vcpu.set_vcpu_events(&events).map_err(element("set", "pending events"))
+}
+
+/// After an instruction that KVM did not know: its exception (#UD, which KVM queues for what it
+/// does not know) is taken back, the interrupt shadow is that of the next one.
+///
+/// # Errors
+/// KVM does not take them.
+pub fn set_executed(vcpu: &VcpuFd, after: &VcpuState) -> Result<(), EngineError> {
+    let mut events = read(vcpu)?;
+    events.exception = Default::default();
+    events.flags = KVM_VCPUEVENT_VALID_SHADOW;
+    events.interrupt.shadow = if after.events.interrupt_shadow { SHADOW_STI } else { 0 };
+    events.nmi.masked = u8::from(after.events.nmi_blocked);
+    vcpu.set_vcpu_events(&events).map_err(element("set", "pending events"))
+}
+
+/// Has an exception delivered when the vCPU next runs.
+///
+/// # Errors
+/// KVM does not take it.
+pub fn inject(vcpu: &VcpuFd, number: u8) -> Result<(), EngineError> {
+    let mut events = read(vcpu)?;
+    events.exception.nr = number;
+    events.exception.injected = 1;
+    events.flags = 0;
+    vcpu.set_vcpu_events(&events).map_err(element("set", "pending events"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupt_on_its_way_goes_back_to_the_lapic() {
+        let mut lapic = LapicState::default();
+        lapic.registers[IN_SERVICE + 1] = 1 << 5;
+        assert!(withdraw(&mut lapic, 37));
+        assert_eq!((lapic.registers[IN_SERVICE + 1], lapic.registers[REQUESTED + 1]), (0, 1 << 5));
+        assert!(!withdraw(&mut lapic, 38));
+    }
+}
