@@ -161,6 +161,11 @@ impl Cpu {
         self.tlb.probe(self.mode.mmu(), write, address)
     }
 
+    /// AMD's MXCSR.MM: unaligned operands of legacy SSE instructions are allowed.
+    pub fn misaligned_allowed(&self) -> bool {
+        self.area.0[26] & 2 != 0
+    }
+
     fn next_page(&self, address: u64) -> u64 {
         ((address | 0xfff).wrapping_add(1)) & self.address_mask()
     }
@@ -186,7 +191,9 @@ impl Cpu {
             let matches = kind == 3 || (kind == 1 && write);
             let length = [1, 2, 8, 4][(dr7 >> (18 + 4 * n) & 3) as usize];
             let start = self.sys.debug[n] & !(length - 1);
-            if enabled && matches && address < start + length && start < address + size as u64 {
+            let overlap = address < start.saturating_add(length)
+                && start < address.saturating_add(size as u64);
+            if enabled && matches && overlap {
                 self.sys.debug_hits |= 1 << n;
             }
         }
@@ -323,6 +330,7 @@ impl Cpu {
     /// Ends what `prepare_write` began, after the store; says whether translated code changed, so
     /// that the present block must be left.
     pub fn commit_write(&mut self) -> bool {
+        self.cache.touched = false;
         match std::mem::take(&mut self.pending_write) {
             PendingWrite::None => false,
             PendingWrite::Code(physical, len) => self.code_written(physical, len),

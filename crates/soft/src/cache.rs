@@ -223,6 +223,11 @@ impl CodeCache {
         self.edges.get(edge as usize).map(|e| e.target)
     }
 
+    /// The host address at which an edge leaves.
+    pub fn edge_host(&self, edge: u32) -> u64 {
+        self.edges.get(edge as usize).map_or(0, |e| e.stub)
+    }
+
     /// Makes an edge jump straight to a block. If the code there has changed since the edge was
     /// made, and now wants flags that the edge does not keep, the edge's own block is thrown away
     /// instead, to be translated anew.

@@ -3,7 +3,7 @@ use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::execute::Done;
 use crate::mmu::PHYSICAL_BITS;
-use crate::operand::segment_name;
+use crate::operand::operand_segment;
 use arch::SegmentName;
 use arch::registers::gpr::{RAX, RCX, RDX};
 use arch::registers::{cr0, cr4, efer, xcr0};
@@ -231,7 +231,7 @@ pub(crate) fn invlpg(cpu: &mut Cpu, insn: &Instruction) -> Done {
         return Err(Exception::INVALID_OPCODE);
     }
     cpu.need_cpl0()?;
-    let name = segment_name(insn.memory_segment());
+    let name = operand_segment(insn, cpu.mode.is_64());
     let based = !cpu.mode.is_64() || matches!(name, SegmentName::Fs | SegmentName::Gs);
     let base = if based { cpu.segment(name).base } else { 0 };
     let address = base.wrapping_add(cpu.offset_of(insn)) & cpu.address_mask();

@@ -142,6 +142,8 @@ pub struct Cpu {
     pub exit: u64,
     /// Second word about the exit.
     pub exit_detail: u64,
+    /// Host address after an indirect jump that left.
+    pub exit_from: u64,
     /// Pointers to the thunks that translated code calls.
     pub thunks: [usize; crate::thunks::index::COUNT],
     /// 1 while XMM, YMM and MXCSR of the guest are in host registers.
@@ -327,10 +329,10 @@ impl Cpu {
         (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0)
     }
 
-    /// Whether DR7 enables a breakpoint on data accesses.
+    /// Whether DR7 enables a breakpoint on data or port accesses.
     pub fn data_breakpoints(&self) -> bool {
         let dr7 = self.sys.debug[5];
-        (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 1 != 0)
+        (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 != 0)
     }
 
     /// The linear address of `offset` in segment `name` for an access of `size` bytes, after the
@@ -360,7 +362,7 @@ impl Cpu {
                 Err(fault)
             };
         }
-        if self.mode.segment(name as usize) == SegmentClass::Checked {
+        if self.mode.access(name, write) == SegmentClass::Checked {
             self.check_segment(segment, offset & 0xffff_ffff, size, write).ok_or(fault)?;
         }
         Ok(segment.base.wrapping_add(offset) & 0xffff_ffff)

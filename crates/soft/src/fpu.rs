@@ -9,7 +9,7 @@ use crate::exception::{Exception, Flow};
 use crate::execute::Done;
 use crate::mmu::{As, Want};
 use crate::mode::{MmuIndex, Mode};
-use crate::operand::segment_name;
+use crate::operand::operand_segment;
 use iced_x86::{CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpKind};
 use std::arch::asm;
 use std::sync::OnceLock;
@@ -217,7 +217,7 @@ fn image_address(
     write: bool,
 ) -> Result<u64, Exception> {
     let offset = cpu.offset_of(insn);
-    let name = segment_name(insn.memory_segment());
+    let name = operand_segment(insn, cpu.mode.is_64());
     let address = cpu.linear(name, offset, length as u64, write)?;
     let last = address.wrapping_add(length as u64 - 1) & cpu.address_mask();
     let want = if write { Want::Write } else { Want::Read };
@@ -298,7 +298,7 @@ pub(crate) fn fx(cpu: &mut Cpu, insn: &Instruction) -> Done {
     fpu_allowed(cpu.mode, insn)?;
     let save = matches!(insn.mnemonic(), M::Fxsave | M::Fxsave64);
     let offset = cpu.offset_of(insn);
-    let name = segment_name(insn.memory_segment());
+    let name = operand_segment(insn, cpu.mode.is_64());
     let address = cpu.linear(name, offset, 512, save)?;
     if address & 15 != 0 {
         let aligned = cpu.mode.mmu() == MmuIndex::Aligned;

@@ -16,11 +16,16 @@ pub struct AccessInfo(pub u32);
 impl AccessInfo {
     const READS: u32 = 1 << 8;
     const WRITES: u32 = 1 << 9;
+    const ALIGNED: u32 = 1 << 10;
 
     /// An access of `size` bytes (1 to 64, of a group up to 4096) through `segment`.
     pub fn new(size: u32, reads: bool, writes: bool, segment: SegmentName) -> Self {
         let flags = if reads { Self::READS } else { 0 } | if writes { Self::WRITES } else { 0 };
         Self(size << 16 | flags | (segment as u32) << 12)
+    }
+    /// The same for an operand that must be aligned to its size, or #GP(0) follows.
+    pub fn aligned(self) -> Self {
+        Self(self.0 | Self::ALIGNED)
     }
     fn size(self) -> usize {
         (self.0 >> 16) as usize
@@ -76,8 +81,8 @@ fn fault_at(cpu: &mut Cpu, host: u64, exception: Exception) {
 pub extern "sysv64" fn read(cpu: *mut Cpu, address: u64, info: u32, host: u64) -> Answer {
     guarded(cpu, LEAVE, |cpu| {
         let info = AccessInfo(info);
-        let answer = check_canonical(cpu, address, info)
-            .and_then(|()| cpu.prepare_read(address, info.size()));
+        let answer =
+            check_address(cpu, address, info).and_then(|()| cpu.prepare_read(address, info.size()));
         match answer {
             Ok(value) => Answer { value, status: 1 },
             Err(exception) => {
@@ -92,7 +97,7 @@ pub extern "sysv64" fn read(cpu: *mut Cpu, address: u64, info: u32, host: u64) -
 pub extern "sysv64" fn write(cpu: *mut Cpu, address: u64, info: u32, host: u64) -> Answer {
     guarded(cpu, LEAVE, |cpu| {
         let info = AccessInfo(info);
-        let answer = check_canonical(cpu, address, info)
+        let answer = check_address(cpu, address, info)
             .and_then(|()| cpu.prepare_write(address, info.size(), info.reads()));
         match answer {
             Ok(value) => {
@@ -115,7 +120,7 @@ pub extern "sysv64" fn group(cpu: *mut Cpu, address: u64, info: u32, host: u64) 
         let want = if info.writes() { Want::Write } else { Want::Read };
         let inside = (address & 0xfff) as usize + info.size() <= 4096;
         if inside
-            && check_canonical(cpu, address, info).is_ok()
+            && check_address(cpu, address, info).is_ok()
             && let Ok(Some(value)) = cpu.fill_tlb(address, want)
         {
             return Answer { value, status: 1 };
@@ -129,12 +134,19 @@ pub extern "sysv64" fn group(cpu: *mut Cpu, address: u64, info: u32, host: u64) 
     })
 }
 
-fn check_canonical(cpu: &Cpu, address: u64, info: AccessInfo) -> Result<(), Exception> {
+/// Faults that come before those of paging: addresses that are not canonical, and operands that
+/// must be aligned.
+fn check_address(cpu: &Cpu, address: u64, info: AccessInfo) -> Result<(), Exception> {
     let last = address.wrapping_add(info.size() as u64 - 1);
-    if !cpu.mode.is_64() || (cpu.canonical(address) && cpu.canonical(last)) {
-        return Ok(());
+    if cpu.mode.is_64() && !(cpu.canonical(address) && cpu.canonical(last)) {
+        let stack = info.segment() == SegmentName::Ss;
+        return Err(if stack { Exception::SS0 } else { Exception::GP0 });
     }
-    Err(if info.segment() == SegmentName::Ss { Exception::SS0 } else { Exception::GP0 })
+    let misaligned = address & (info.size() as u64 - 1) != 0;
+    if info.0 & AccessInfo::ALIGNED != 0 && misaligned && !cpu.misaligned_allowed() {
+        return Err(Exception::GP0);
+    }
+    Ok(())
 }
 
 /// Limit and type check of a segment that is not flat.
@@ -157,7 +169,10 @@ pub extern "sysv64" fn commit(cpu: *mut Cpu, host: u64) -> u32 {
         if !cpu.commit_write() {
             return 1;
         }
-        cpu.take_host_flags_at(host);
+        if cpu.take_host_flags_at(host).is_some_and(|position| position.transfer) {
+            // The push of a CALL, at the end of its block: the transfer is still to come.
+            return 1;
+        }
         cpu.rip = cpu.next_rip;
         cpu.unpack_flags();
         cpu.exit = exit::HELPER;

@@ -2,7 +2,7 @@
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::execute::Done;
-use crate::operand::{mask, segment_name, sign_extend};
+use crate::operand::{mask, operand_segment, sign_extend};
 use crate::stack::Stack;
 use arch::registers::gpr::{RAX, RBP, RBX, RSP};
 use arch::registers::rflags;
@@ -140,7 +140,7 @@ pub(crate) fn xlat(cpu: &mut Cpu, insn: &Instruction) -> Done {
         _ => u64::MAX,
     };
     let offset = cpu.gpr[RBX].wrapping_add(cpu.gpr[RAX] & 0xff) & m;
-    let value = cpu.load_operand(segment_name(insn.memory_segment()), offset, 1)?;
+    let value = cpu.load_operand(operand_segment(insn, cpu.mode.is_64()), offset, 1)?;
     cpu.set_gpr(RAX, 1, value);
     Ok(Flow::Next)
 }

@@ -1,5 +1,6 @@
 //! The part of the CPU's state that decides what an instruction means: the key, beside the
 //! address, under which translated code is kept.
+use arch::SegmentName;
 
 /// Why a segment needs what checks in translated 16- and 32-bit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +133,16 @@ impl Mode {
             _ => MmuIndex::Aligned,
         }
     }
+    /// What an access through `name` must check: as `segment`, but that nothing can be written
+    /// through CS in protected mode (Intel SDM 3A 5.5).
+    pub const fn access(self, name: SegmentName, write: bool) -> SegmentClass {
+        let cs = matches!(name, SegmentName::Cs);
+        if cs && write && !self.is_64() && !self.real_segments() {
+            return SegmentClass::Checked;
+        }
+        self.segment(name as usize)
+    }
+
     /// What accesses through segment register `index` (ES, CS, SS, DS, FS, GS) must check.
     pub const fn segment(self, index: usize) -> SegmentClass {
         match (self.0 >> (Self::SEGMENTS + 2 * index as u32)) & 3 {

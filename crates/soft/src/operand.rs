@@ -28,6 +28,19 @@ pub(crate) fn segment_name(register: Register) -> SegmentName {
     }
 }
 
+/// The segment of the instruction's memory operand. In 64-bit mode the prefixes for ES, CS, SS and
+/// DS do nothing (Intel SDM 1 3.3.7.1).
+pub(crate) fn operand_segment(insn: &Instruction, long: bool) -> SegmentName {
+    let name = segment_name(insn.memory_segment());
+    if !long || matches!(name, SegmentName::Fs | SegmentName::Gs) {
+        return name;
+    }
+    match insn.memory_base().full_register() {
+        Register::RSP | Register::RBP => SegmentName::Ss,
+        _ => SegmentName::Ds,
+    }
+}
+
 /// Number of a general register and the shift of its part (8 for AH, CH, DH and BH).
 fn part(register: Register) -> (usize, u32) {
     let high = matches!(register, Register::AH | Register::CH | Register::DH | Register::BH);
@@ -121,7 +134,7 @@ impl Cpu {
             OpKind::Register => self.register(insn.op_register(n)) & mask(size),
             OpKind::Memory => {
                 let offset = self.offset_of(insn);
-                self.load_operand(segment_name(insn.memory_segment()), offset, size)?
+                self.load_operand(operand_segment(insn, self.mode.is_64()), offset, size)?
             }
             _ => insn.try_immediate(n).unwrap_or(0) & mask(size),
         })
@@ -140,7 +153,7 @@ impl Cpu {
             return Ok(());
         }
         let offset = self.offset_of(insn);
-        self.store_operand(segment_name(insn.memory_segment()), offset, value, size)
+        self.store_operand(operand_segment(insn, self.mode.is_64()), offset, value, size)
     }
 
     /// Reads a field at `at` bytes into the instruction's memory operand.
@@ -151,13 +164,13 @@ impl Cpu {
         size: usize,
     ) -> Result<u64, Exception> {
         let offset = self.offset_of(insn).wrapping_add(at) & self.offset_mask(insn);
-        self.load_operand(segment_name(insn.memory_segment()), offset, size)
+        self.load_operand(operand_segment(insn, self.mode.is_64()), offset, size)
     }
 
     /// Writes a whole memory operand of any length; nothing is written if a byte cannot be.
     pub(crate) fn store_block(&mut self, insn: &Instruction, data: &[u8]) -> Result<(), Exception> {
         let offset = self.offset_of(insn);
-        let name = segment_name(insn.memory_segment());
+        let name = operand_segment(insn, self.mode.is_64());
         let address = self.linear(name, offset, data.len() as u64, true)?;
         self.store(address, data, crate::mmu::As::Current)
     }

@@ -11,9 +11,11 @@ use crate::mode::Mode;
 use crate::signals::{self, AltStack, HostTimer, POLL_ATTRACT};
 use crate::thunks::{self, exit};
 use crate::vm::{Mailbox, Written, pending};
+use arch::registers::gpr::RSP;
 use arch::registers::{rflags, vector};
 use arch::{GuestPhysical, MpState, SegmentName};
 use engine::{EngineError, Halt, VcpuIo};
+use iced_x86::Mnemonic;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -134,6 +136,9 @@ fn stretch(cpu: &mut Cpu) -> Result<(), EngineError> {
                 };
                 cpu.rip = target & cpu.ip_mask();
                 cpu.unpack_flags();
+                if cpu.refuse_target(cpu.cache.edge_host(edge) + 1) {
+                    return Ok(());
+                }
                 let flushes = cpu.cache.flushes;
                 let Some(next) = find(cpu) else { return Ok(()) };
                 if cpu.cache.flushes == flushes {
@@ -146,6 +151,9 @@ fn stretch(cpu: &mut Cpu) -> Result<(), EngineError> {
             exit::INDIRECT => {
                 cpu.rip = cpu.exit_detail & cpu.ip_mask();
                 cpu.unpack_flags();
+                if cpu.refuse_target(cpu.exit_from) {
+                    return Ok(());
+                }
                 let Some(next) = self::entry(cpu) else { return Ok(()) };
                 entry = next;
             }
@@ -222,13 +230,15 @@ fn single(cpu: &mut Cpu) -> Result<(), EngineError> {
     unsafe { thunks::enter(cpu, entry) };
     match cpu.exit {
         exit::EDGE => {
-            let target = cpu.cache.edge_target(cpu.exit_detail as u32);
-            cpu.rip = target.unwrap_or(cpu.rip) & cpu.ip_mask();
+            let edge = cpu.exit_detail as u32;
+            cpu.rip = cpu.cache.edge_target(edge).unwrap_or(cpu.rip) & cpu.ip_mask();
             cpu.unpack_flags();
+            cpu.refuse_target(cpu.cache.edge_host(edge) + 1);
         }
         exit::INDIRECT => {
             cpu.rip = cpu.exit_detail & cpu.ip_mask();
             cpu.unpack_flags();
+            cpu.refuse_target(cpu.exit_from);
         }
         exit::SIGNAL => signal(cpu)?,
         _ => {}
@@ -304,6 +314,28 @@ impl Cpu {
             self.flush_jump_caches();
             self.jump_base = base;
         }
+    }
+
+    /// A near transfer to an address that cannot be fetched from, non-canonical or beyond the
+    /// segment's limit, faults at the transfer itself (Intel SDM 2A, JMP and RET): takes back what
+    /// the instruction at host address `host` did to the stack pointer and delivers the fault.
+    fn refuse_target(&mut self, host: u64) -> bool {
+        let Err(exception) = self.code_address(self.rip) else { return false };
+        let target = self.rip;
+        match self.locate(host) {
+            Some(position) if position.transfer => {
+                let moved = self.transfer_at(self.rip).map_or(0, |insn| match insn.mnemonic() {
+                    Mnemonic::Ret | Mnemonic::Call => i64::from(insn.stack_pointer_increment()),
+                    _ => 0,
+                });
+                let sp = self.gpr[RSP].wrapping_sub(moved as u64);
+                self.gpr[RSP] = if self.mode.is_64() { sp } else { sp & 0xffff_ffff };
+            }
+            _ => self.rip = target,
+        }
+        self.faulted = true;
+        crate::interrupt::deliver_exception(self, exception);
+        true
     }
 
     /// Whether a block that was just found at `rip` lies in global pages only.

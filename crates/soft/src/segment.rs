@@ -253,7 +253,7 @@ pub(crate) fn push_pop(cpu: &mut Cpu, insn: &Instruction) -> Done {
         stack.commit(cpu);
         return Ok(Flow::Next);
     }
-    let selector = stack.peek(cpu, 0, 2)? as u16;
+    let selector = stack.peek(cpu, 0, size)? as u16;
     stack.skip(size as u64);
     // POP SS counts the old stack's width, so the pointer moves before the load is visible.
     let fresh = cpu.fetch_segment(name, selector, cpu.sys.cpl)?;

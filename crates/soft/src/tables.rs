@@ -3,7 +3,7 @@
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::execute::Done;
-use crate::operand::{mask, segment_name};
+use crate::operand::{mask, operand_segment};
 use crate::segment::{Descriptor, code_of, is_null, kind};
 use arch::registers::{cr4, rflags};
 use arch::{DescriptorTable, Segment};
@@ -180,7 +180,7 @@ pub(crate) fn arpl(cpu: &mut Cpu, insn: &Instruction) -> Done {
             }
             _ => {
                 let offset = cpu.offset_of(insn);
-                cpu.store_operand(segment_name(insn.memory_segment()), offset, value, 2)?;
+                cpu.store_operand(operand_segment(insn, cpu.mode.is_64()), offset, value, 2)?;
             }
         }
     }

@@ -242,16 +242,20 @@ unsafe extern "sysv64" fn leave_edge_saved() {
     )
 }
 
-/// RDI: guest address to go to. Guest flags are in `raw_flags`.
+/// RDI: guest address to go to. Guest flags are in `raw_flags`. Called, so that the return address
+/// tells where from.
 #[unsafe(naked)]
 unsafe extern "sysv64" fn leave_indirect() {
     core::arch::naked_asm!(
+        "pop rsi",
+        "mov [rsp+{exit_from}], rsi",
         save_registers!("0"),
         "mov qword ptr [rsp+{exit}], 1",
         "mov [rsp+{exit_detail}], rdi",
         "jmp {leave}",
         exit = const offset_of!(Cpu, exit),
         exit_detail = const offset_of!(Cpu, exit_detail),
+        exit_from = const offset_of!(Cpu, exit_from),
         leave = sym leave,
     )
 }

@@ -6,7 +6,7 @@ use crate::execute::Done;
 use crate::fpu::{XMM, check_pending, fpu_allowed, x87_from_area, x87_to_area};
 use crate::mmu::As;
 use crate::mode::MmuIndex;
-use crate::operand::segment_name;
+use crate::operand::operand_segment;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 const YMM_HIGH: usize = 576;
@@ -93,7 +93,7 @@ fn place(
     write: bool,
 ) -> Result<u64, Exception> {
     let at = offset.wrapping_add((n * size) as u64) & cpu.address_mask();
-    cpu.linear(segment_name(insn.memory_segment()), at, size as u64, write)
+    cpu.linear(operand_segment(insn, cpu.mode.is_64()), at, size as u64, write)
 }
 
 /// Stores the selected elements; all places are checked before the first is written.
@@ -185,7 +185,7 @@ fn gather_elements(cpu: &mut Cpu, insn: &Instruction) -> Done {
             continue;
         }
         let offset = cpu.element_offset(insn, 1, n, |_, i, _| element(&indexes, i, index_size));
-        match cpu.load_operand(segment_name(insn.memory_segment()), offset, size) {
+        match cpu.load_operand(operand_segment(insn, cpu.mode.is_64()), offset, size) {
             Ok(value) => {
                 set_element(&mut result, n, size, value);
                 set_element(&mut mask, n, size, 0);

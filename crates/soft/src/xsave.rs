@@ -5,7 +5,7 @@ use crate::exception::{Exception, Flow};
 use crate::execute::Done;
 use crate::fpu::{MXCSR, XMM, mxcsr_bits, x87_from_area, x87_to_area};
 use crate::mmu::As;
-use crate::operand::segment_name;
+use crate::operand::operand_segment;
 use arch::registers::gpr::{RAX, RDX};
 use arch::registers::{cr0, cr4, xcr0};
 use iced_x86::{Instruction, Mnemonic as M};
@@ -33,7 +33,7 @@ fn begin(cpu: &mut Cpu, insn: &Instruction, write: bool) -> Result<(u64, u64), E
     let components = asked & cpu.sys.xcr0;
     let size = if components & xcr0::AVX != 0 { AVX + 256 } else { AVX };
     let offset = cpu.offset_of(insn);
-    let name = segment_name(insn.memory_segment());
+    let name = operand_segment(insn, cpu.mode.is_64());
     let address = cpu.linear(name, offset, size as u64, write)?;
     if address & 63 != 0 {
         return Err(Exception::GP0);

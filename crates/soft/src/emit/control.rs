@@ -47,7 +47,8 @@ impl Emitter<'_> {
         match self.edges[edge].kind {
             EdgeKind::Far(cell) => {
                 self.asm.jmp_mem(layout::cell(cell));
-                self.cold.push(Cold::Edge { fixup: None, edge, flags });
+                let position = self.positions.len() - 1;
+                self.cold.push(Cold::Edge { fixup: None, edge, flags, position });
             }
             _ => {
                 let fixup = self.asm.jmp();
@@ -60,7 +61,8 @@ impl Emitter<'_> {
         if let EdgeKind::Near(at) = &mut self.edges[edge].kind {
             *at = fixup.0 as u32;
         }
-        self.cold.push(Cold::Edge { fixup: Some(fixup), edge, flags });
+        let position = self.positions.len() - 1;
+        self.cold.push(Cold::Edge { fixup: Some(fixup), edge, flags, position });
     }
 
     /// Goes on at `successor`.
@@ -206,7 +208,7 @@ impl Emitter<'_> {
     /// Jumps to the guest address in RDI through the jump cache (`cpu::jump_slot`).
     fn go_indirect(&mut self) {
         if !self.context.linkable {
-            self.asm.jmp_mem(layout::thunk(index::LEAVE_INDIRECT));
+            self.asm.call_mem(layout::thunk(index::LEAVE_INDIRECT));
             return;
         }
         let mmu = self.context.mode.mmu() as usize;
@@ -218,7 +220,8 @@ impl Emitter<'_> {
         self.asm.rm(Width::W64, &[0x3b], ADDRESS, pc);
         let miss = self.asm.jcc(cc::NE);
         self.asm.jmp_mem(Mem::indexed(Reg::RSP, SCRATCH, 3, layout::jump_hosts(mmu)));
-        self.cold.push(Cold::Indirect { miss });
+        let position = self.positions.len() - 1;
+        self.cold.push(Cold::Indirect { miss, position });
     }
 }
 

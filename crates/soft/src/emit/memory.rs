@@ -5,23 +5,12 @@ use super::{Cold, Emitter};
 use crate::helpers::AccessInfo;
 use crate::mmu::TLB_ENTRIES;
 use crate::mode::{CodeSize, SegmentClass};
+use crate::operand::operand_segment;
 use crate::thunks::index;
-use crate::translate::classify::Operand;
+use crate::translate::classify::{Operand, needs_alignment};
 use crate::translate::groups::Member;
 use arch::SegmentName;
 use iced_x86::{Instruction, Register};
-
-/// The segment register of an iced register.
-pub fn segment_name(register: Register) -> SegmentName {
-    match register {
-        Register::ES => SegmentName::Es,
-        Register::CS => SegmentName::Cs,
-        Register::SS => SegmentName::Ss,
-        Register::FS => SegmentName::Fs,
-        Register::GS => SegmentName::Gs,
-        _ => SegmentName::Ds,
-    }
-}
 
 /// An access between its probe and its end.
 #[must_use]
@@ -120,7 +109,7 @@ impl Emitter<'_> {
 
     /// Turns the offset in RDI into a linear address. Clobbers flags.
     pub fn apply_segment(&mut self, name: SegmentName, operand: Operand) {
-        match self.context.mode.segment(name as usize) {
+        match self.context.mode.access(name, operand.writes) {
             SegmentClass::Flat => {}
             SegmentClass::Based => {
                 let width = if self.context.mode.is_64() { Width::W64 } else { Width::W32 };
@@ -138,7 +127,7 @@ impl Emitter<'_> {
     /// Gets at the instruction's memory operand: RDI is then the base of [`Place::mem`]. Clobbers
     /// RSI, and flags that are not live.
     pub fn open(&mut self, insn: &Instruction, operand: Operand) -> Place {
-        let segment = segment_name(insn.memory_segment());
+        let segment = operand_segment(insn, self.context.mode.is_64());
         if let Some(member) = self.operand_member {
             if member.first {
                 self.free_flags(self.live_before);
@@ -150,7 +139,11 @@ impl Emitter<'_> {
         self.free_flags(self.live_before);
         self.effective_address(insn);
         self.apply_segment(segment, operand);
-        Place::Single(self.probe(operand, segment))
+        let mut site = self.probe(operand, segment);
+        if needs_alignment(insn) {
+            site.info = site.info.aligned();
+        }
+        Place::Single(site)
     }
 
     /// The same for the stack: at `offset` from register `base`.

@@ -72,8 +72,8 @@ pub struct EdgeSpec {
 enum Cold {
     Access { miss: Fixup, table: i32, info: AccessInfo, back: usize, after: usize, position: usize },
     Group { miss: Fixup, table: i32, info: AccessInfo, back: usize, position: usize },
-    Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn },
-    Indirect { miss: Fixup },
+    Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn, position: usize },
+    Indirect { miss: Fixup, position: usize },
 }
 
 /// What the emitter needs to know of its surroundings.
@@ -330,10 +330,14 @@ impl<'a> Emitter<'a> {
             Cold::Group { miss, table, info, back, position } => {
                 self.place_group(miss, table, info, back, position);
             }
-            Cold::Edge { fixup, edge, flags } => self.place_edge(fixup, edge, flags),
-            Cold::Indirect { miss } => {
+            Cold::Edge { fixup, edge, flags, position } => {
+                self.resume_position(position);
+                self.place_edge(fixup, edge, flags);
+            }
+            Cold::Indirect { miss, position } => {
+                self.resume_position(position);
                 self.asm.bind(miss);
-                self.asm.jmp_mem(layout::thunk(index::LEAVE_INDIRECT));
+                self.asm.call_mem(layout::thunk(index::LEAVE_INDIRECT));
             }
         }
     }

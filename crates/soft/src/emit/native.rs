@@ -2,7 +2,8 @@
 use super::Emitter;
 use super::asm::{Mem, Reg, Width, op};
 use super::layout::{self, ADDRESS, SCRATCH};
-use super::memory::{Place, segment_name};
+use super::memory::Place;
+use crate::operand::operand_segment;
 use crate::translate::classify::{self, Operand, has_memory};
 use crate::translate::flags::Effect;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
@@ -37,6 +38,10 @@ impl Emitter<'_> {
         let memory = has_memory(insn).then(|| self.operands.memory(insn)).flatten();
         let accesses_memory = memory.is_some();
         let visitors = self.visitors(insn, has_memory(insn));
+        if accesses_memory && classify::waits_for_x87(insn) {
+            // A pending #MF comes before the faults of the operand.
+            self.asm.raw(&[0x9b]);
+        }
         let place = memory.map(|operand| self.open(insn, operand));
         self.flags_for(effect);
         self.bring(&visitors);
@@ -162,7 +167,7 @@ impl Emitter<'_> {
         self.free_flags(self.live_before);
         self.holds = None;
         self.asm.mov_imm(ADDRESS, insn.memory_displacement64());
-        let segment = segment_name(insn.memory_segment());
+        let segment = operand_segment(insn, self.context.mode.is_64());
         self.apply_segment(segment, operand);
         let place = Place::Single(self.probe(operand, segment));
         match (load, size) {
@@ -198,7 +203,7 @@ impl Emitter<'_> {
         if mask16 {
             self.asm.rr(Width::W32, op::MOVZX16, ADDRESS, ADDRESS);
         }
-        let segment = segment_name(insn.memory_segment());
+        let segment = operand_segment(insn, self.context.mode.is_64());
         self.apply_segment(segment, operand);
         let place = Place::Single(self.probe(operand, segment));
         self.read_gpr(SCRATCH, bit);

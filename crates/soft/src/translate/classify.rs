@@ -5,8 +5,8 @@
 //! privileged nor able to show the host's state. Everything else goes to `execute`, which raises
 //! #UD for what the guest's CPU does not have.
 use iced_x86::{
-    Code, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
-    Mnemonic, OpAccess, OpKind,
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+    InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
 };
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -339,20 +339,36 @@ fn needs_helper(insn: &Instruction, memory: bool) -> bool {
     !InstructionInfoFactory::new().info(insn).used_memory().is_empty()
 }
 
-/// Whether XMM, YMM or MXCSR are read or written.
+/// Whether XMM, YMM or MXCSR may be read or written: by the instruction set, since conversions to
+/// general and MMX registers use MXCSR without naming a vector register.
 fn uses_vectors(insn: &Instruction) -> bool {
+    use CpuidFeature as F;
     use Mnemonic as M;
-    if matches!(insn.encoding(), EncodingKind::VEX) {
-        // BMI instructions are VEX-encoded but know only general registers; none of them is hurt
-        // by being taken for a vector instruction except in speed.
-        return !(0..insn.op_count())
-            .all(|i| insn.op_kind(i) != OpKind::Register || insn.op_register(i).is_gpr())
-            || matches!(insn.mnemonic(), M::Vzeroupper | M::Vzeroall | M::Vldmxcsr | M::Vstmxcsr);
+    if matches!(insn.mnemonic(), M::Lfence | M::Mfence | M::Sfence | M::Movnti | M::Crc32) {
+        return false;
     }
-    matches!(insn.mnemonic(), M::Ldmxcsr | M::Stmxcsr)
-        || (0..insn.op_count()).any(|i| {
-            insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_vector_register()
-        })
+    insn.cpuid_features().iter().any(|feature| {
+        matches!(
+            feature,
+            F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSSE3
+                | F::SSE4_1
+                | F::SSE4_2
+                | F::SSE4A
+                | F::AES
+                | F::PCLMULQDQ
+                | F::SHA
+                | F::GFNI
+                | F::VAES
+                | F::VPCLMULQDQ
+                | F::AVX
+                | F::AVX2
+                | F::FMA
+                | F::F16C
+        )
+    })
 }
 
 /// Whether the guest's CPU has the instruction. (One that it has but the host has not raises #UD
@@ -417,6 +433,37 @@ impl Operands {
             writes,
         })
     }
+}
+
+/// Whether the instruction's memory operand must be aligned to its size (Intel SDM 2A table 2-17
+/// and 2.4: legacy SSE operands of 16 bytes, and a few others).
+pub fn needs_alignment(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    match insn.mnemonic() {
+        M::Movups | M::Movupd | M::Movdqu | M::Lddqu => false,
+        M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm => false,
+        M::Vmovaps
+        | M::Vmovapd
+        | M::Vmovdqa
+        | M::Vmovntps
+        | M::Vmovntpd
+        | M::Vmovntdq
+        | M::Vmovntdqa
+        | M::Cmpxchg16b => true,
+        _ => {
+            insn.encoding() == EncodingKind::Legacy
+                && insn.memory_size().size() == 16
+                && uses_vectors(insn)
+        }
+    }
+}
+
+/// Whether the instruction waits for pending x87 exceptions before it touches memory.
+pub fn waits_for_x87(insn: &Instruction) -> bool {
+    use CpuidFeature as F;
+    use Mnemonic as M;
+    let x87 = |f: &CpuidFeature| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX);
+    insn.cpuid_features().iter().any(x87) && !matches!(insn.mnemonic(), M::Fnstcw | M::Fnstsw)
 }
 
 /// Whether an access reads.

@@ -201,6 +201,17 @@ impl Cpu {
     }
 }
 
+impl Cpu {
+    /// Decodes the one instruction at `rip`, which was executed a moment ago.
+    pub fn transfer_at(&mut self, rip: u64) -> Option<Instruction> {
+        let linear = self.code_address(rip).ok()?;
+        let physical = self.translate_fetch(linear).ok()?;
+        let mode = Mode(self.mode.0 | Mode::STEP);
+        let run = self.fetch_run(Key { pc: rip, physical, mode }, linear).ok()?;
+        run.steps.first().map(|step| step.insn)
+    }
+}
+
 fn step(insn: Instruction, class: Class) -> Step {
     let effect = flags::effect(&insn, class);
     Step { insn, class, effect, live_before: ALL, live_after: ALL, operand: None, stack: None }

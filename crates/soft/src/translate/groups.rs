@@ -8,8 +8,8 @@
 //! without groups goes on from there (`Mode::PLAIN`).
 use super::Step;
 use super::classify::{Class, Operands};
-use crate::emit::memory::segment_name;
 use crate::mode::{Mode, SegmentClass};
+use crate::operand::operand_segment;
 use arch::SegmentName;
 use arch::registers::gpr::{RBP, RSP};
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
@@ -149,7 +149,7 @@ impl Planner<'_> {
             return None;
         }
         let disp = i64::from(insn.memory_displacement64() as i32);
-        let segment = segment_name(insn.memory_segment());
+        let segment = operand_segment(insn, self.mode.is_64());
         self.access(base.number(), disp, i64::from(operand.size), operand.writes, segment)
     }
 
@@ -166,7 +166,7 @@ impl Planner<'_> {
         write: bool,
         segment: SegmentName,
     ) -> Option<Member> {
-        if self.mode.segment(segment as usize) != SegmentClass::Flat {
+        if self.mode.access(segment, write) != SegmentClass::Flat {
             return None;
         }
         // Flat segments are all the same.
