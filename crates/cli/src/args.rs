@@ -20,6 +20,8 @@ pub enum Command {
     /// Without a guest or kernel, this fetches Debian's kernel and busybox and gives a shell on
     /// the serial console.
     Run(Box<Run>),
+    /// Say what this machine offers to virtual machines, and what bv will use.
+    Doctor,
 }
 
 const EXAMPLES: &str = "\
@@ -87,8 +89,10 @@ pub enum Guest {
 /// The values of `--engine`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Engine {
-    /// The best that this host has.
+    /// KVM where the hardware backs it and it can be used, else soft; `bv doctor` says which.
     Auto,
+    /// The host's KVM.
+    Kvm,
     /// Bivisor's software engine, which needs nothing of the host.
     Soft,
 }
@@ -97,6 +101,7 @@ impl From<Engine> for EngineChoice {
     fn from(engine: Engine) -> Self {
         match engine {
             Engine::Auto => Self::Auto,
+            Engine::Kvm => Self::Kvm,
             Engine::Soft => Self::Soft,
         }
     }
@@ -133,6 +138,13 @@ mod tests {
     use super::*;
     use clap::CommandFactory;
 
+    fn run(arguments: &[&str]) -> Run {
+        match Cli::parse_from(arguments).command {
+            Command::Run(run) => *run,
+            other => panic!("not a run: {other:?}"),
+        }
+    }
+
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
@@ -140,7 +152,7 @@ mod tests {
 
     #[test]
     fn plain_run_is_debian_with_512_mib_and_one_cpu_on_stdio() {
-        let Command::Run(run) = Cli::parse_from(["bv", "run"]).command;
+        let run = run(&["bv", "run"]);
         assert_eq!((run.guest, run.kernel, run.cmdline), (None, None, None));
         assert_eq!((run.memory, run.cpus), (Bytes::mib(512), 1));
         assert_eq!((run.serial, run.engine), (SerialArg::Stdio, Engine::Auto));
@@ -149,8 +161,7 @@ mod tests {
 
     #[test]
     fn a_command_line_may_begin_with_a_hyphen() {
-        let Command::Run(run) =
-            Cli::parse_from(["bv", "run", "--kernel", "k", "--cmdline", "-v --x"]).command;
+        let run = run(&["bv", "run", "--kernel", "k", "--cmdline", "-v --x"]);
         assert_eq!(run.cmdline.as_deref(), Some("-v --x"));
     }
 }

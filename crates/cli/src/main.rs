@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod doctor;
 mod messages;
 mod progress;
 mod run;
@@ -15,5 +16,6 @@ fn main() -> ExitCode {
     terminal::restore_on_panic();
     match Cli::parse().command {
         Command::Run(arguments) => run::run(*arguments),
+        Command::Doctor => doctor::run(),
     }
 }

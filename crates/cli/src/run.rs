@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 use vmm::{
     BootError, BootSource, Engine, EngineError, Host, Image, Machine, MachineConfig, Module,
-    Notice, Outcome, Serial, Stdio, StopCause, StopSignals, VmmError,
+    Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals, VmmError,
 };
 
 /// The command line of Debian's kernel: its console is ours, and only errors are worth a line.
@@ -28,7 +28,7 @@ enum RunError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Boot(#[from] BootError),
-    #[error("--engine: no CPU engine works on this host")]
+    #[error("--engine: this CPU engine does not work on this host")]
     Engine(#[source] EngineError),
     #[error(transparent)]
     Machine(#[from] VmmError),
@@ -72,9 +72,13 @@ fn status(outcome: Outcome) -> u8 {
 }
 
 fn try_run(arguments: Run) -> Result<Outcome, RunError> {
-    let engine = vmm::engine(arguments.engine.into()).map_err(RunError::Engine)?;
+    let Selection { engine, fallback } =
+        vmm::engine(arguments.engine.into()).map_err(RunError::Engine)?;
     // What can be told to be wrong without a download is told before it.
     vmm::check(arguments.memory, arguments.cpus, engine.as_ref())?;
+    if let Some(line) = fallback {
+        say(&line);
+    }
     let keyboard = uses_keyboard(&arguments.serial);
     let (boot, guest) = boot_source(&arguments)?;
     let config = MachineConfig {

@@ -102,7 +102,9 @@ impl Supported {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("KVM does not say which CPU it offers (KVM_GET_SUPPORTED_CPUID)"))?;
         let deadline = if kvm.check_extension(Cap::TscDeadlineTimer) { TSC_DEADLINE } else { 0 };
-        let entries = supported.as_slice().iter().filter(|e| !left_out(e.function));
+        // A leaf that is not there reads as zero.
+        let empty = |e: &kvm_cpuid_entry2| e.eax | e.ebx | e.ecx | e.edx == 0;
+        let entries = supported.as_slice().iter().filter(|e| !left_out(e.function) && !empty(e));
         let entries = entries.filter(|e| e.function != 0xd || e.index < 3).map(|e| {
             let mut result = [e.eax, e.ebx, e.ecx, e.edx];
             let masks = allowed(e.function, e.index);

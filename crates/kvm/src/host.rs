@@ -3,7 +3,7 @@ use crate::error::io_error;
 use engine::EngineError;
 use kvm_ioctls::{Cap, Kvm};
 use std::ffi::CStr;
-use std::io;
+use std::io::{self, BufRead as _, BufReader};
 use std::path::Path;
 
 /// Where KVM is.
@@ -47,8 +47,8 @@ pub enum Access {
     Absent,
     /// It is there, but this user may not open it.
     Denied {
-        /// Name or number of the group that may open it.
-        group: String,
+        /// Name or number of the group that may open it, if one may.
+        group: Option<String>,
     },
     /// It cannot be opened for another reason.
     Broken(io::Error),
@@ -83,6 +83,9 @@ impl HostKvm {
     }
 }
 
+/// The path of the device.
+pub const DEVICE_PATH: &str = "/dev/kvm";
+
 /// Opens KVM.
 ///
 /// # Errors
@@ -96,7 +99,8 @@ fn open_at(device: &CStr) -> Result<Kvm, EngineError> {
 }
 
 fn error(access: Access, device: &str) -> EngineError {
-    let what = access.advice(device);
+    let fix = access.fix(device).map_or_else(String::new, |fix| format!("{fix}, or "));
+    let what = format!("{}; {fix}use --engine soft", access.fact(device));
     match access {
         Access::Broken(source) => EngineError::Host { what, source },
         _ => EngineError::Unsupported(what),
@@ -104,32 +108,42 @@ fn error(access: Access, device: &str) -> EngineError {
 }
 
 impl Access {
-    /// The fact and the fix, in a sentence or two.
-    pub fn advice(&self, device: &str) -> String {
+    /// The fact, about the device at a path.
+    pub fn fact(&self, device: &str) -> String {
         match self {
             Self::Usable => format!("{device} can be used"),
-            Self::Absent => format!(
-                "there is no {device}: the kernel's KVM module is not loaded (`modprobe kvm_intel` \
-                 or `modprobe kvm_amd`), virtualisation is off in the firmware's settings, or this \
-                 machine is itself virtual and does not pass it on; use --engine soft"
-            ),
-            Self::Denied { group } => format!(
-                "this user may not open {device}: join the group {group} (`sudo usermod -aG \
-                 {group} $USER`, then log in again), or use --engine soft"
-            ),
-            Self::Broken(_) => format!("{device} cannot be opened; use --engine soft"),
+            Self::Absent => format!("there is no {device}"),
+            Self::Denied { .. } => format!("this user may not open {device}"),
+            Self::Broken(_) => format!("{device} cannot be opened"),
             Self::Version(version) => format!(
-                "{device} speaks version {version} of KVM's interface, not {API_VERSION}; update \
-                 the kernel, or use --engine soft"
+                "{device} speaks version {version} of KVM's interface, and not {API_VERSION}"
             ),
             Self::Lacking(list) => {
                 let names: Vec<_> =
                     list.iter().map(|(name, since)| format!("{name} (Linux {since})")).collect();
-                format!(
-                    "this kernel's KVM lacks {}; update the kernel, or use --engine soft",
-                    names.join(", ")
-                )
+                format!("this kernel's KVM lacks {}", names.join(", "))
             }
+        }
+    }
+
+    /// What the user can do so that KVM can be used.
+    pub fn fix(&self, device: &str) -> Option<String> {
+        match self {
+            Self::Usable | Self::Broken(_) => None,
+            Self::Absent => Some(
+                "load the kernel's module (`modprobe kvm_intel` or `modprobe kvm_amd`), switch \
+                 virtualisation on in the firmware's settings, or have this machine's own host \
+                 pass it on"
+                    .into(),
+            ),
+            Self::Denied { group: Some(group) } => Some(format!(
+                "join the group {group} (`sudo usermod -aG {group} $USER`, then log in again)"
+            )),
+            Self::Denied { group: None } => Some(format!(
+                "let a group open it (`sudo chgrp kvm {device} && sudo chmod 660 {device}`) and \
+                 join that (`sudo usermod -aG kvm $USER`, then log in again)"
+            )),
+            Self::Version(_) | Self::Lacking(_) => Some("update the kernel".into()),
         }
     }
 }
@@ -152,15 +166,19 @@ fn probe_device(device: &CStr) -> Result<Kvm, Access> {
     if lacking.is_empty() { Ok(kvm) } else { Err(Access::Lacking(lacking)) }
 }
 
-/// The group of a file by name, or by number where it has no name; `kvm` where the file cannot
-/// be looked at.
-fn group_of(file: &CStr) -> String {
+/// The group that may read and write a file, by name, or by number where it has no name; `None`
+/// where no group but the superuser's may, or the file cannot be looked at.
+fn group_of(file: &CStr) -> Option<String> {
     use std::os::unix::fs::MetadataExt;
+    const GROUP_READ_WRITE: u32 = 0o060;
     let path = file.to_string_lossy();
-    let Ok(metadata) = std::fs::metadata(Path::new(path.as_ref())) else { return "kvm".into() };
+    let metadata = std::fs::metadata(Path::new(path.as_ref())).ok()?;
+    if metadata.gid() == 0 || metadata.mode() & GROUP_READ_WRITE != GROUP_READ_WRITE {
+        return None;
+    }
     let number = metadata.gid().to_string();
     let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
-    group_name(&groups, &number).unwrap_or(number)
+    Some(group_name(&groups, &number).unwrap_or(number))
 }
 
 /// The name of a group in the text of `/etc/group`.
@@ -172,8 +190,19 @@ fn group_name(groups: &str, number: &str) -> Option<String> {
     })
 }
 
+/// The beginning of `/proc/cpuinfo`: the first CPU's part. The kernel makes the text as it is
+/// read, which takes long for all CPUs of a large host.
 fn virtualisation() -> Virtualisation {
-    virtualisation_in(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+    let mut text = String::new();
+    if let Ok(file) = std::fs::File::open("/proc/cpuinfo") {
+        let first =
+            BufReader::new(file).lines().map_while(Result::ok).take_while(|l| !l.is_empty());
+        for line in first {
+            text.push_str(&line);
+            text.push('\n');
+        }
+    }
+    virtualisation_in(&text)
 }
 
 /// The CPU's flag in the text of `/proc/cpuinfo`.
@@ -211,9 +240,11 @@ mod tests {
 
     #[test]
     fn lack_of_permission_names_the_group_and_the_command() {
-        let error = message(Access::Denied { group: "kvm".into() });
+        let error = message(Access::Denied { group: Some("kvm".into()) });
         assert!(error.contains("group kvm"), "{error}");
         assert!(error.contains("usermod -aG kvm"), "{error}");
+        let error = message(Access::Denied { group: None });
+        assert!(error.contains("chmod 660 /dev/kvm"), "{error}");
     }
 
     #[test]

@@ -24,7 +24,7 @@ mod state;
 mod vcpu;
 mod vm;
 
-pub use host::{Access, HostKvm, Virtualisation};
+pub use host::{Access, DEVICE_PATH, HostKvm, Virtualisation};
 
 use arch::CpuModel;
 use engine::{Engine, EngineError, Vm, VmConfig};

@@ -1,23 +1,93 @@
 //! The engines that this program has, by name.
 use engine::{Engine, EngineError};
+use kvm::{Access, DEVICE_PATH, HostKvm, KvmEngine, Virtualisation};
 use soft::SoftEngine;
+use std::sync::Arc;
 
 /// Which engine runs the vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum EngineChoice {
-    /// The best that this host has.
+    /// KVM where the hardware backs it and it can be used, else the software engine.
     #[default]
     Auto,
+    /// KVM, whatever backs it.
+    Kvm,
     /// The software engine.
     Soft,
+}
+
+/// An engine that was made.
+pub struct Selection {
+    /// The engine.
+    pub engine: Box<dyn Engine>,
+    /// Where [`EngineChoice::Auto`] could not use the KVM that this host's hardware can back: why,
+    /// and what to do, in one line.
+    pub fallback: Option<String>,
 }
 
 /// Makes an engine.
 ///
 /// # Errors
 /// Says what the host lacks for it.
-pub fn engine(choice: EngineChoice) -> Result<Box<dyn Engine>, EngineError> {
-    match choice {
-        EngineChoice::Auto | EngineChoice::Soft => Ok(Box::new(SoftEngine::new()?)),
+pub fn engine(choice: EngineChoice) -> Result<Selection, EngineError> {
+    let (choice, fallback) = match choice {
+        EngineChoice::Auto => automatic(&HostKvm::probe()),
+        other => (other, None),
+    };
+    let engine: Box<dyn Engine> = match choice {
+        EngineChoice::Kvm => Box::new(KvmEngine::with_companion(companion)?),
+        EngineChoice::Auto | EngineChoice::Soft => Box::new(SoftEngine::new()?),
+    };
+    Ok(Selection { engine, fallback })
+}
+
+/// The engine for the instructions that KVM's emulator does not know.
+fn companion() -> Result<Arc<dyn Engine>, EngineError> {
+    Ok(Arc::new(SoftEngine::new()?))
+}
+
+/// What is best on a host, and why it is not KVM where it could be.
+///
+/// A `/dev/kvm` without VMX or SVM in the CPU's flags (KVM on PVM) emulates the code of guest
+/// kernels, slowly and not completely: to prefer the software engine there is no loss.
+pub fn automatic(host: &HostKvm) -> (EngineChoice, Option<String>) {
+    if host.is_hardware_backed() {
+        return (EngineChoice::Kvm, None);
+    }
+    let fallback = match (host.virtualisation, &host.access) {
+        (Virtualisation::None, _) | (_, Access::Usable) => None,
+        (_, access) => {
+            let fix = access.fix(DEVICE_PATH).map_or_else(String::new, |fix| format!("; {fix}"));
+            Some(format!("using the soft engine: {}{fix}", access.fact(DEVICE_PATH)))
+        }
+    };
+    (EngineChoice::Soft, fallback)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choice(access: Access, virtualisation: Virtualisation) -> (EngineChoice, Option<String>) {
+        automatic(&HostKvm { access, virtualisation })
+    }
+
+    #[test]
+    fn kvm_is_chosen_where_the_hardware_backs_it_only() {
+        let kvm = (EngineChoice::Kvm, None);
+        assert_eq!(choice(Access::Usable, Virtualisation::Svm), kvm);
+        assert_eq!(choice(Access::Usable, Virtualisation::Vmx), kvm);
+        assert_eq!(choice(Access::Usable, Virtualisation::None), (EngineChoice::Soft, None));
+        assert_eq!(choice(Access::Absent, Virtualisation::None), (EngineChoice::Soft, None));
+    }
+
+    #[test]
+    fn a_kvm_that_cannot_be_used_is_told_in_one_line_with_the_fix() {
+        let denied = Access::Denied { group: Some("kvm".into()) };
+        let (engine, line) = choice(denied, Virtualisation::Vmx);
+        let line = line.unwrap_or_default();
+        assert_eq!(engine, EngineChoice::Soft);
+        assert!(line.contains("soft engine") && line.contains("usermod -aG kvm"), "{line}");
+        assert!(!line.contains('\n'), "{line}");
     }
 }
