@@ -119,6 +119,11 @@ impl Supported {
         Ok(Self { model: CpuModel::new(entries.collect()) })
     }
 
+    /// The CPU that guests of this engine see by default on this host.
+    pub fn host_model(&self) -> CpuModel {
+        self.model.clone()
+    }
+
     /// The CPUID of one vCPU of `count`: the VM's model without the features that KVM lacks, and
     /// with what depends on the vCPU.
     ///
@@ -148,12 +153,6 @@ impl Supported {
             ))
         })
     }
-}
-
-/// The CPU that guests of this engine see by default on this host. Where KVM does not say (which
-/// making a VM then reports), one without features.
-pub fn host_model(kvm: &Kvm) -> CpuModel {
-    Supported::read(kvm).map(|supported| supported.model).unwrap_or_default()
 }
 
 /// How long a count of the model's LAPIC timer takes, where the model says so.

@@ -38,6 +38,8 @@ pub type Companion = fn() -> Result<Arc<dyn Engine>, EngineError>;
 /// The KVM engine.
 pub struct KvmEngine {
     kvm: Kvm,
+    /// Asking KVM takes as long as making the VM.
+    cpuid: Arc<cpuid::Supported>,
     companion: Option<Companion>,
 }
 
@@ -49,7 +51,9 @@ impl KvmEngine {
     /// message says which, and what to do.
     pub fn new() -> Result<Self, EngineError> {
         attention::install()?;
-        Ok(Self { kvm: host::open()?, companion: None })
+        let kvm = host::open()?;
+        let cpuid = Arc::new(cpuid::Supported::read(&kvm)?);
+        Ok(Self { kvm, cpuid, companion: None })
     }
 
     /// As [`Self::new`], with an engine that executes what KVM's instruction emulator does not
@@ -72,10 +76,10 @@ impl Engine for KvmEngine {
     }
 
     fn host_cpu(&self) -> CpuModel {
-        cpuid::host_model(&self.kvm)
+        self.cpuid.host_model()
     }
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
-        Ok(Arc::new(vm::KvmVm::new(&self.kvm, config, self.companion)?))
+        Ok(Arc::new(vm::KvmVm::new(&self.kvm, self.cpuid.clone(), config, self.companion)?))
     }
 }

@@ -41,7 +41,7 @@ pub struct VmShared {
     /// The PIC's INTR output.
     pub pic_output: AtomicBool,
     /// CPUID as KVM can give it.
-    pub cpuid: cpuid::Supported,
+    pub cpuid: Arc<cpuid::Supported>,
     created: [AtomicU64; 4],
     routes: Mutex<LevelRoutes>,
     companion: Option<Companion>,
@@ -66,6 +66,7 @@ impl KvmVm {
     /// The configuration asks for more than KVM has, or the host refuses something.
     pub fn new(
         kvm: &Kvm,
+        cpuid: Arc<cpuid::Supported>,
         config: VmConfig,
         companion: Option<Companion>,
     ) -> Result<Self, EngineError> {
@@ -76,7 +77,6 @@ impl KvmVm {
                 config.vcpus
             )));
         }
-        let cpuid = cpuid::Supported::read(kvm)?;
         let fd = kvm.create_vm().map_err(refused(
             "KVM does not make a VM; another hypervisor may hold the CPU's virtualisation",
         ))?;

@@ -24,11 +24,9 @@ const COMMON: [RangeInclusive<u32>; 13] = [
     msr::TSC_AUX..=msr::TSC_AUX,
 ];
 /// KVM's own registers for guests that know it (Linux, Documentation/virt/kvm/x86/msr.rst): wall
-/// clock, system time, steal time, end of interrupt; and the machine check's.
-const OWN: [RangeInclusive<u32>; 6] = [
+/// clock, system time, steal time, end of interrupt.
+const OWN: [RangeInclusive<u32>; 4] = [
     msr::FEATURE_CONTROL..=msr::FEATURE_CONTROL,
-    msr::MCG_STATUS..=msr::MCG_STATUS,
-    0x17b..=0x17b,
     0x11..=0x12,
     0x4b56_4d00..=0x4b56_4d01,
     0x4b56_4d03..=0x4b56_4d04,
