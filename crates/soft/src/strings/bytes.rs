@@ -273,7 +273,7 @@ pub unsafe fn compare(
                 let chunk = |p: *const u8| _mm_loadu_si128(p.offset(at).cast());
                 (chunk(left), chunk(right))
             },
-            |at| (read(left.offset(at), run.size), read(right.offset(at), run.size)),
+            |at, size| (read(left.offset(at), size), read(right.offset(at), size)),
         )
     }
 }
@@ -298,20 +298,39 @@ pub unsafe fn scan(
             readable,
             until_equal,
             |at| (left, _mm_loadu_si128(right.offset(at).cast())),
-            |at| (value, read(right.offset(at), run.size)),
+            |at, size| (value, read(right.offset(at), size)),
         )
     }
 }
 
 /// Looks for the end of a comparison. `chunks` reads 16 bytes at an offset of which all lie within
-/// `readable`, `elements` one element of the run.
+/// `readable`, `elements` one element of the run, of the given size.
 #[inline(always)]
 fn search(
     run: Run,
     readable: usize,
     until_equal: bool,
     chunks: impl Fn(isize) -> (__m128i, __m128i),
-    elements: impl Fn(isize) -> (u64, u64),
+    elements: impl Fn(isize, usize) -> (u64, u64),
+) -> Found {
+    // One copy of the loop for each size: as a constant it costs no division.
+    let size = |size| Run { size, ..run };
+    match run.size {
+        1 => search_sized(size(1), readable, until_equal, chunks, elements),
+        2 => search_sized(size(2), readable, until_equal, chunks, elements),
+        4 => search_sized(size(4), readable, until_equal, chunks, elements),
+        _ => search_sized(size(8), readable, until_equal, chunks, elements),
+    }
+}
+
+/// [`search`] for a size that is a constant where this is called.
+#[inline(always)]
+fn search_sized(
+    run: Run,
+    readable: usize,
+    until_equal: bool,
+    chunks: impl Fn(isize) -> (__m128i, __m128i),
+    elements: impl Fn(isize, usize) -> (u64, u64),
 ) -> Found {
     let mut n = 0;
     if run.direction == Direction::Up {
@@ -335,7 +354,7 @@ fn search(
     let mut pair = (0, 0);
     while n < run.elements {
         let at = (n * run.size) as isize;
-        pair = elements(if run.direction == Direction::Up { at } else { -at });
+        pair = elements(if run.direction == Direction::Up { at } else { -at }, run.size);
         n += 1;
         if (pair.0 == pair.1) == until_equal {
             return Found { elements: n as u64, left: pair.0, right: pair.1, ended: true };
