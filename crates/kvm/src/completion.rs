@@ -58,7 +58,7 @@ impl Completer {
         scope: Scope<'_>,
         io: &dyn VcpuIo,
     ) -> Result<(), EngineError> {
-        let before = state::get(kvm, scope)?;
+        let before = state::lend(kvm, scope)?;
         self.vcpu.set_state(&for_one_instruction(&before))?;
         let halt = self.vcpu.run(io)?;
         let ran = self.vcpu.state()?;

@@ -111,7 +111,10 @@ impl Supported {
             result.iter_mut().zip(masks).for_each(|(word, mask)| *word &= mask);
             match (e.function, e.index) {
                 (1, _) => result[2] |= X2APIC | HYPERVISOR | deadline,
-                (0xd, 0) => result[2] = result[2].min(arch::FpuState::SIZE as u32),
+                (0xd, 0) => {
+                    let size = arch::FpuState::SIZE as u32;
+                    (result[1], result[2]) = (result[1].min(size), result[2].min(size));
+                }
                 _ => {}
             }
             CpuidEntry { leaf: e.function, subleaf: key(e), result }

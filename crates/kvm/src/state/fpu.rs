@@ -18,11 +18,20 @@ const AVX: usize = 576;
 
 const KNOWN: u64 = xcr0::X87 | xcr0::SSE | xcr0::AVX;
 
+/// What to do with registers that the neutral state lacks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Beyond {
+    /// A state with such registers in use is not read.
+    Refuse,
+    /// They stay where they are: the state is only lent.
+    Keep,
+}
+
 /// Reads the registers. All components are marked as in use, those in their initial state too.
 ///
 /// # Errors
 /// KVM does not let them be read, or the guest uses a component that the neutral state lacks.
-pub fn get(vcpu: &VcpuFd) -> Result<FpuState, EngineError> {
+pub fn get(vcpu: &VcpuFd, beyond: Beyond) -> Result<FpuState, EngineError> {
     let saved = vcpu.get_xsave().map_err(element("read", "the FPU and vector registers"))?;
     let mut area = [0; FpuState::SIZE];
     for (bytes, word) in area.chunks_exact_mut(4).zip(&saved.region) {
@@ -31,10 +40,10 @@ pub fn get(vcpu: &VcpuFd) -> Result<FpuState, EngineError> {
     let in_use = area.get(HEADER..HEADER + 8).map_or(0, |header| {
         header.iter().rev().fold(0u64, |word, byte| word << 8 | u64::from(*byte))
     });
-    let beyond = in_use & !KNOWN;
-    if beyond != 0 {
+    let unknown = in_use & !KNOWN;
+    if unknown != 0 && beyond == Beyond::Refuse {
         return Err(EngineError::Unsupported(format!(
-            "the guest uses vector or other registers beyond AVX (XSAVE components {beyond:#x}), \
+            "the guest uses vector or other registers beyond AVX (XSAVE components {unknown:#x}), \
              which a saved state has no place for"
         )));
     }
@@ -66,21 +75,34 @@ pub fn get(vcpu: &VcpuFd) -> Result<FpuState, EngineError> {
     Ok(FpuState(area))
 }
 
-/// Sets the registers.
+/// Sets the registers; those that the neutral state lacks get their initial values.
 ///
 /// # Errors
 /// KVM does not take them.
 pub fn set(vcpu: &VcpuFd, state: &FpuState) -> Result<(), EngineError> {
-    let mut area = kvm_xsave::default();
+    write(vcpu, state, kvm_xsave::default())
+}
+
+/// Sets the registers; those that the neutral state lacks keep their values.
+///
+/// # Errors
+/// KVM does not take them.
+pub fn set_shared(vcpu: &VcpuFd, state: &FpuState) -> Result<(), EngineError> {
+    let present = vcpu.get_xsave().map_err(element("read", "the FPU and vector registers"))?;
+    write(vcpu, state, present)
+}
+
+fn write(vcpu: &VcpuFd, state: &FpuState, mut area: kvm_xsave) -> Result<(), EngineError> {
+    let header = HEADER / 4;
+    let before = area.region[header];
     for (word, bytes) in area.region.iter_mut().zip(state.0.chunks_exact(4)) {
         *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte));
     }
     // A host without AVX takes no AVX component, and none is in use there.
     let avx = state.0.get(AVX..).is_some_and(|part| part.iter().any(|byte| *byte != 0));
     let present = xcr0::X87 | xcr0::SSE | if avx { xcr0::AVX } else { 0 };
-    let header = HEADER / 4;
     area.region[header..header + 16].fill(0);
-    area.region[header] = present as u32;
+    area.region[header] = present as u32 | before;
     // SAFETY: KVM reads no more than the size that KVM_CAP_XSAVE2 tells, which exceeds this
     // structure only where a process has asked for larger components with arch_prctl
     // (ARCH_REQ_XCOMP_GUEST_PERM); nothing in this program does.

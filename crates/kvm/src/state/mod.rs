@@ -36,13 +36,26 @@ pub struct Scope<'a> {
 /// # Errors
 /// Names the element that KVM does not let be read, or that the neutral state has no place for.
 pub fn get(vcpu: &VcpuFd, scope: Scope<'_>) -> Result<VcpuState, EngineError> {
+    read(vcpu, scope, fpu::Beyond::Refuse)
+}
+
+/// As [`get`], for [`set_executed`] to follow: registers that the neutral state lacks are left
+/// where they are.
+///
+/// # Errors
+/// As [`get`].
+pub fn lend(vcpu: &VcpuFd, scope: Scope<'_>) -> Result<VcpuState, EngineError> {
+    read(vcpu, scope, fpu::Beyond::Keep)
+}
+
+fn read(vcpu: &VcpuFd, scope: Scope<'_>, beyond: fpu::Beyond) -> Result<VcpuState, EngineError> {
     // First, because KVM takes a pending INIT or start-up IPI into account on the way.
     let mut state = VcpuState { mp: mp_state(vcpu)?, ..VcpuState::default() };
     registers::get(vcpu, &mut state)?;
     let xcrs = vcpu.get_xcrs().map_err(element("read", "XCR0"))?;
     let xcr0 = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|xcr| xcr.xcr == 0);
     state.xcr0 = xcr0.map_or(1, |xcr| xcr.value);
-    state.fpu = fpu::get(vcpu)?;
+    state.fpu = fpu::get(vcpu, beyond)?;
     state.lapic = lapic::get(vcpu)?;
     let msrs = scope.reset_msrs.read_again(vcpu)?;
     state.tsc = msrs.value(msr::TSC).unwrap_or(0);
@@ -90,7 +103,7 @@ pub fn set_executed(
         set_xcr0(vcpu, after.xcr0)?;
     }
     if before.fpu != after.fpu {
-        fpu::set(vcpu, &after.fpu)?;
+        fpu::set_shared(vcpu, &after.fpu)?;
     }
     if before.debug != after.debug {
         registers::set_debug(vcpu, after)?;
