@@ -187,6 +187,10 @@ fn data(
     if native.data == engine.data {
         return;
     }
+    // A CALL whose target is refused has already pushed, below the stack pointer that it leaves.
+    if instruction.mnemonic() == M::Call && native.vector == 13 {
+        return;
+    }
     let skipped = last_x87_pointers(case, instruction);
     let differing: Vec<usize> = (0..native.data.len())
         .filter(|&n| native.data[n] != engine.data[n] && !skipped.contains(&(DATA + n as u64)))

@@ -170,9 +170,23 @@ impl Cpu {
         ((address | 0xfff).wrapping_add(1)) & self.address_mask()
     }
 
-    fn check_alignment(&self, address: u64, size: usize, who: As) -> Result<(), Exception> {
+    /// #AC where alignment is checked and the operand is not aligned to its size.
+    pub(crate) fn check_alignment(
+        &self,
+        address: u64,
+        size: usize,
+        who: As,
+    ) -> Result<(), Exception> {
         let checked = self.mode.mmu() == MmuIndex::Aligned && who == As::Current;
-        if checked && size.is_power_of_two() && size <= 8 && address & (size as u64 - 1) != 0 {
+        // As CPUs do it: a 10-byte x87 operand counts as 8 bytes, a YMM operand as two of 16, and
+        // whole images are not checked.
+        let natural = match size {
+            1 | 2 | 4 | 8 | 16 => size,
+            10 => 8,
+            32 => 16,
+            _ => 1,
+        };
+        if checked && address & (natural as u64 - 1) != 0 {
             return Err(Exception::ALIGNMENT);
         }
         Ok(())

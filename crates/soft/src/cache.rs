@@ -83,6 +83,19 @@ struct PageCode {
     hits: u32,
 }
 
+/// Writes to a page with code that hit none of it.
+#[derive(Clone, Copy, Default)]
+struct Misses {
+    /// Since translations of the page were last dropped for that reason.
+    count: u32,
+    /// How often they were.
+    drops: u32,
+}
+
+/// After so many writes beside its code, a page is taken to hold data by now, its code being what
+/// a former user left; doubled each time that this proves wrong.
+const DATA_BY_NOW: u32 = 64;
+
 /// After so many hits the whole page is taken to be rewritten: all its translations go, and
 /// writes to it are fast again.
 const REWRITTEN: u32 = 4;
@@ -111,6 +124,7 @@ pub struct CodeCache {
     cells: u32,
     map: HashMap<Key, BlockId, BuildHasherDefault<Mix>>,
     pages: HashMap<u64, PageCode, BuildHasherDefault<Mix>>,
+    misses: HashMap<u64, Misses, BuildHasherDefault<Mix>>,
     /// Far edges whose cells are filled, and whether the target's page is global.
     far: Vec<(u32, bool)>,
     /// Translated code was invalidated since this was last cleared.
@@ -138,6 +152,7 @@ impl CodeCache {
             cells: 0,
             map: HashMap::default(),
             pages: HashMap::default(),
+            misses: HashMap::default(),
             far: Vec::new(),
             touched: false,
             ungrouped: HashSet::default(),
@@ -302,25 +317,36 @@ impl CodeCache {
         Some(key.pc)
     }
 
-    /// The blocks that depend on any of `len` bytes at guest-physical `start`, within one page.
-    fn affected(&mut self, start: u64, len: usize) -> Vec<BlockId> {
-        let Some(page) = self.pages.get_mut(&(start & !0xfff)) else { return Vec::new() };
-        if page.lines & line_mask(start, len) == 0 {
-            return Vec::new();
-        }
+    /// The blocks to throw away because `len` bytes at guest-physical `start`, within one page,
+    /// were written: those that depend on them, or all of a page that is no longer one of code.
+    /// `None` where the write changes nothing.
+    fn affected(&mut self, start: u64, len: usize) -> Option<Vec<BlockId>> {
+        let number = start & !0xfff;
+        let page = self.pages.get_mut(&number)?;
         let end = start + len as u64;
         let hit = |s: &Source| s.start < end && start < s.start + u64::from(s.len);
         let alive = |id: &&BlockId| self.blocks.get(**id as usize).is_some_and(|b| b.alive);
         let touches = |id: &&BlockId| self.blocks[**id as usize].sources.iter().any(hit);
-        let mut hit: Vec<BlockId> =
-            page.blocks.iter().filter(alive).filter(touches).copied().collect();
-        if !hit.is_empty() {
-            page.hits += 1;
-            if page.hits >= REWRITTEN {
-                hit = page.blocks.iter().filter(alive).copied().collect();
-            }
+        let mut affected = Vec::new();
+        if page.lines & line_mask(start, len) != 0 {
+            affected.extend(page.blocks.iter().filter(alive).filter(touches));
         }
-        hit
+        let rewritten = if affected.is_empty() {
+            let misses = self.misses.entry(number).or_default();
+            misses.count += 1;
+            let data = misses.count >= DATA_BY_NOW << misses.drops.min(14);
+            if data {
+                *misses = Misses { count: 0, drops: misses.drops + 1 };
+            }
+            data
+        } else {
+            page.hits += 1;
+            page.hits >= REWRITTEN
+        };
+        if rewritten {
+            affected = page.blocks.iter().filter(alive).copied().collect();
+        }
+        (rewritten || !affected.is_empty()).then_some(affected)
     }
 
     /// Blocks on a page whose guest bytes are no longer what they were.
@@ -387,6 +413,7 @@ impl CodeCache {
         self.cells = 0;
         self.map.clear();
         self.pages.clear();
+        self.misses.clear();
         self.far.clear();
         self.unsure.clear();
         self.ungrouped.clear();
@@ -479,8 +506,10 @@ impl Cpu {
 
     /// Drops this vCPU's translations of written bytes.
     pub fn drop_code(&mut self, physical: u64, len: usize) -> bool {
-        let affected = self.cache.affected(physical, len);
-        self.kill_all(physical & !0xfff, &affected)
+        match self.cache.affected(physical, len) {
+            Some(affected) => self.kill_all(physical & !0xfff, &affected),
+            None => false,
+        }
     }
 
     /// Compares a page's translations with its bytes as they are now, and drops those that differ.
@@ -509,7 +538,7 @@ impl Cpu {
                 }
             }
         }
-        if !blocks.is_empty() && self.cache.sweep(page) {
+        if self.cache.sweep(page) {
             self.vm.clone().ram.forget_code(self.index, std::iter::once(page));
         }
         !blocks.is_empty()

@@ -137,14 +137,14 @@ pub extern "sysv64" fn group(cpu: *mut Cpu, address: u64, info: u32, host: u64) 
 /// Faults that come before those of paging: addresses that are not canonical, and operands that
 /// must be aligned.
 fn check_address(cpu: &Cpu, address: u64, info: AccessInfo) -> Result<(), Exception> {
+    let misaligned = address & (info.size() as u64 - 1) != 0;
+    if info.0 & AccessInfo::ALIGNED != 0 && misaligned && !cpu.misaligned_allowed() {
+        return Err(Exception::GP0);
+    }
     let last = address.wrapping_add(info.size() as u64 - 1);
     if cpu.mode.is_64() && !(cpu.canonical(address) && cpu.canonical(last)) {
         let stack = info.segment() == SegmentName::Ss;
         return Err(if stack { Exception::SS0 } else { Exception::GP0 });
-    }
-    let misaligned = address & (info.size() as u64 - 1) != 0;
-    if info.0 & AccessInfo::ALIGNED != 0 && misaligned && !cpu.misaligned_allowed() {
-        return Err(Exception::GP0);
     }
     Ok(())
 }

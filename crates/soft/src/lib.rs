@@ -129,6 +129,7 @@ impl Engine for SoftEngine {
                 model: config.cpu,
                 mailboxes: (0..config.vcpus).map(|_| vm::Mailbox::default()).collect(),
                 pic_output: false.into(),
+                tsc_offset: None.into(),
                 regions: Vec::new().into(),
             }),
         }))

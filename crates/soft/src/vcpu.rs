@@ -7,7 +7,7 @@ use crate::mmu::ExecTlb;
 use crate::mode::Mode;
 use crate::region::CpuRegion;
 use crate::vm::{VmShared, pending};
-use crate::{clock, msr, run, thunks};
+use crate::{msr, run, thunks};
 use arch::registers::gpr::RDX;
 use arch::{Event, MpState, SegmentName, VcpuState};
 use engine::{EngineError, Halt, Kick, Vcpu, VcpuIo};
@@ -50,7 +50,6 @@ impl SoftVcpu {
         let mut state = VcpuState::reset();
         state.gpr[RDX] = u64::from(shared.model.query(1, 0)[0]);
         state.mp = if index == 0 { MpState::Running } else { MpState::WaitForSipi };
-        state.tsc = clock::host_tsc();
         let cpu = vcpu.cpu();
         cpu.tlb.initialise();
         for mmu in 0..cpu.jumps.len() {
@@ -166,7 +165,7 @@ impl Vcpu for SoftVcpu {
         cpu.rip = state.rip;
         cpu.rflags = state.rflags | arch::registers::rflags::FIXED;
         cpu.segments = state.segments.regs;
-        cpu.tsc_offset = state.tsc.wrapping_sub(clock::host_tsc());
+        cpu.tsc_offset = cpu.vm.agree_on_tsc(state.tsc);
         cpu.area = state.fpu.clone();
         let sys = &mut cpu.sys;
         sys.ldtr = state.segments.ldtr;

@@ -18,6 +18,8 @@ pub struct VmShared {
     pub mailboxes: Vec<Mailbox>,
     /// Level of the PIC's output.
     pub pic_output: AtomicBool,
+    /// Difference between the guest's and the host's time-stamp counter that vCPUs agree on.
+    pub tsc_offset: Mutex<Option<u64>>,
     /// The memory in which the vCPUs lie; it outlives them.
     pub regions: Mutex<Vec<crate::region::CpuRegion>>,
 }
@@ -148,6 +150,19 @@ impl Mailbox {
 }
 
 impl VmShared {
+    /// The TSC offset for a vCPU whose state says that its counter is at `tsc` now. States of one
+    /// machine are set one after the other; those that mean the same moment, within a second, get
+    /// the same offset, so that the counters of all vCPUs agree.
+    pub fn agree_on_tsc(&self, tsc: u64) -> u64 {
+        let wanted = tsc.wrapping_sub(crate::clock::host_tsc());
+        let mut agreed = self.tsc_offset.lock().unwrap_or_else(|e| e.into_inner());
+        let second = crate::clock::tsc_khz() * 1000;
+        match *agreed {
+            Some(offset) if (wanted.wrapping_sub(offset) as i64).unsigned_abs() < second => offset,
+            _ => *agreed.insert(wanted),
+        }
+    }
+
     /// Delivers a message-signalled interrupt.
     pub fn signal_msi(&self, msi: Msi) {
         crate::lapic::route_msi(self, msi);

@@ -148,6 +148,7 @@ impl<'a> Emitter<'a> {
         live_in: Flags,
         poll: bool,
     ) -> Self {
+        let live_in = if context.precise { flags::ALL } else { live_in };
         let mut emitter = Self {
             asm: Asm::default(),
             context,

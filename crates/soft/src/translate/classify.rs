@@ -442,6 +442,15 @@ pub fn needs_alignment(insn: &Instruction) -> bool {
     match insn.mnemonic() {
         M::Movups | M::Movupd | M::Movdqu | M::Lddqu => false,
         M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm => false,
+        M::Pcmpestri64 | M::Pcmpestrm64 => false,
+        // Here CPUs differ; the access itself will tell.
+        M::Sha1msg1
+        | M::Sha1msg2
+        | M::Sha1nexte
+        | M::Sha1rnds4
+        | M::Sha256msg1
+        | M::Sha256msg2
+        | M::Sha256rnds2 => false,
         M::Vmovaps
         | M::Vmovapd
         | M::Vmovdqa
@@ -463,7 +472,9 @@ pub fn waits_for_x87(insn: &Instruction) -> bool {
     use CpuidFeature as F;
     use Mnemonic as M;
     let x87 = |f: &CpuidFeature| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX);
-    insn.cpuid_features().iter().any(x87) && !matches!(insn.mnemonic(), M::Fnstcw | M::Fnstsw)
+    let names_mmx = || (0..insn.op_count()).any(|i| insn.op_register(i).is_mm());
+    (insn.cpuid_features().iter().any(x87) || names_mmx())
+        && !matches!(insn.mnemonic(), M::Fnstcw | M::Fnstsw)
 }
 
 /// Whether an access reads.
