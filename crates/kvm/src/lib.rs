@@ -1,10 +1,10 @@
 //! The KVM engine: guest CPUs run on the hardware's virtualisation, by way of Linux's `/dev/kvm`.
 //!
-//! [`host`] says what this host offers. [`vm`] makes a VM: memory slots first, then the split
-//! interrupt chip, with the LAPICs in the kernel and PIC and IOAPIC in the machine. [`vcpu`] is
-//! the run loop and [`exits`] what guests ask of the machine; [`attention`] makes a running vCPU
-//! look up; [`state`] translates between KVM's structures and the engine-neutral state. Where
-//! KVM's instruction emulator does not know an instruction, [`completion`] lets a companion engine
+//! `host` says what this host offers. `vm` makes a VM: memory slots first, then the split
+//! interrupt chip, with the LAPICs in the kernel and PIC and IOAPIC in the machine. `vcpu` is
+//! the run loop and `exits` what guests ask of the machine; `attention` makes a running vCPU
+//! look up; `state` translates between KVM's structures and the engine-neutral state. Where
+//! KVM's instruction emulator does not know an instruction, `completion` lets a companion engine
 //! execute it.
 //!
 //! Source for KVM's interface: Linux, Documentation/virt/kvm/api.rst; sections are cited as

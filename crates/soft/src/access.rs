@@ -171,12 +171,7 @@ impl Cpu {
     }
 
     /// #AC where alignment is checked and the operand is not aligned to its size.
-    pub(crate) fn check_alignment(
-        &self,
-        address: u64,
-        size: usize,
-        who: As,
-    ) -> Result<(), Exception> {
+    fn check_alignment(&self, address: u64, size: usize, who: As) -> Result<(), Exception> {
         let checked = self.mode.mmu() == MmuIndex::Aligned && who == As::Current;
         // As CPUs do it: a 10-byte x87 operand counts as 8 bytes, a YMM operand as two of 16, and
         // whole images are not checked.

@@ -242,12 +242,14 @@ pub(crate) fn environment(cpu: &mut Cpu, insn: &Instruction) -> Done {
     let mut image = [0u8; 108];
     let unit = if narrow { 2 } else { 4 };
     let load = matches!(insn.mnemonic(), M::Fldenv | M::Frstor);
+    if load {
+        check_pending()?;
+    }
     let address = image_address(cpu, insn, length, !load)?;
     if cpu.mode.mmu() == MmuIndex::Aligned && !address.is_multiple_of(unit) {
         return Err(Exception::ALIGNMENT);
     }
     if load {
-        check_pending()?;
         let mut data = [0u8; 108];
         cpu.load(address, &mut data[..length], As::Current)?;
         for word in 0..3 {

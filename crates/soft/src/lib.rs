@@ -1,14 +1,14 @@
 //! The software CPU engine: runs x86 guests of all modes on any x86-64 host, without `/dev/kvm`,
 //! by translating guest code to host code.
 //!
-//! Where a guest instruction goes: [`run`] finds the block at the guest's instruction pointer in
-//! the code [`cache`]; if there is none, [`translate`] decodes guest code and [`emit`] writes host
-//! code for it into [`codemem`]. Translated code runs between [`thunks`] with guest registers in
-//! host registers and probes the software TLB of [`mmu`] inline; what it cannot do itself it asks
-//! of [`helpers`]: memory accesses that miss ([`access`]), and instructions that only the system
-//! knows how to execute ([`execute`] and the modules it dispatches to). The whole state of a
-//! virtual CPU is [`cpu::Cpu`]; [`mode`] is the part of it that decides what code means. [`vm`]
-//! holds what vCPUs share, [`signals`] turns faults of the host CPU into the guest's.
+//! Where a guest instruction goes: `run` finds the block at the guest's instruction pointer in
+//! the code `cache`; if there is none, `translate` decodes guest code and `emit` writes host
+//! code for it into `codemem`. Translated code runs between `thunks` with guest registers in
+//! host registers and probes the software TLB of `mmu` inline; what it cannot do itself it asks
+//! of `helpers`: memory accesses that miss (`access`), and instructions that only the system
+//! knows how to execute (`execute` and the modules it dispatches to). The whole state of a
+//! virtual CPU is `cpu::Cpu`; `mode` is the part of it that decides what code means. `vm`
+//! holds what vCPUs share, `signals` turns faults of the host CPU into the guest's.
 //!
 //! `unsafe` code is confined to `access`, `codemem`, `fpu`, `helpers`, `ram`, `region`, `run`,
 //! `signals`, `strings`, `thunks`, `translate::fetch` and `vcpu`.

@@ -59,14 +59,6 @@ fn unaligned(cpu: &mut Cpu, body: impl FnOnce(&mut Cpu) -> Done) -> Done {
 /// All masked moves.
 pub(crate) fn masked_move(cpu: &mut Cpu, insn: &Instruction) -> Done {
     fpu_allowed(cpu.mode, insn)?;
-    let whole = match insn.mnemonic() {
-        M::Maskmovq => 8,
-        M::Maskmovdqu | M::Vmaskmovdqu => 16,
-        _ => 1,
-    };
-    // Where alignment is checked, it is that of the whole operand, whatever the mask.
-    let address = place(cpu, insn, cpu.offset_of(insn), 0, 1, false)?;
-    cpu.check_alignment(address, whole, As::Current)?;
     unaligned(cpu, |cpu| any_masked_move(cpu, insn))
 }
 
