@@ -71,8 +71,24 @@ impl CodeMemory {
             let to = self.writable.as_ptr().add(start);
             std::ptr::copy_nonoverlapping(code.as_ptr(), to, code.len());
         }
+        let before = self.used;
         self.used = start + code.len();
+        self.unmap_written(before);
         Some(self.executable.as_ptr() as u64 + start as u64)
+    }
+
+    /// Takes pages that are full out of the writable view, where they would count as memory of
+    /// this process a second time. A later patch brings a page back.
+    fn unmap_written(&mut self, before: usize) {
+        const CHUNK: usize = 1 << 20;
+        let (from, to) = (before / CHUNK * CHUNK, self.used / CHUNK * CHUNK);
+        if from < to {
+            // SAFETY: inside the own mapping; dropping pages of a shared mapping loses nothing.
+            unsafe {
+                let start = self.writable.as_ptr().add(from);
+                libc::madvise(start.cast(), to - from, libc::MADV_DONTNEED);
+            }
+        }
     }
 
     /// Changes the 32-bit displacement at executable address `at` so that the jump it belongs to
