@@ -16,11 +16,13 @@ pub struct CodeMemory {
 unsafe impl Send for CodeMemory {}
 
 impl CodeMemory {
-    /// Reserves `size` bytes (a multiple of the page size); memory is taken as it is used.
+    /// Reserves `size` bytes, at least 64 KiB; memory is taken as it is used.
     ///
     /// # Errors
     /// The host refuses memory or executable mappings.
     pub fn new(size: usize) -> Result<Self, EngineError> {
+        // Any single block fits into the least size.
+        let size = size.next_multiple_of(4096).max(64 << 10);
         let host = |what: &str| EngineError::Host {
             what: format!(
                 "cannot map {} MiB for translated code: {what} failed; raise the memory limit, or \

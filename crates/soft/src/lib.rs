@@ -63,7 +63,7 @@ pub struct Options {
     /// Keep arithmetic flags exact at every faulting memory access, even where the guest
     /// overwrites them before it can read them. Slower; for tests and debuggers.
     pub precise_flags: bool,
-    /// Bytes of translated code that a vCPU keeps, a multiple of 4096.
+    /// Bytes of translated code that a vCPU keeps before it throws all of it away, at least 64 KiB.
     pub code_cache: usize,
 }
 
