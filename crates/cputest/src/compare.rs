@@ -83,6 +83,10 @@ fn has_several_accesses(instruction: &Instruction) -> bool {
             | M::Fxsave64
             | M::Fxrstor
             | M::Fxrstor64
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
             | M::Maskmovq
             | M::Maskmovdqu
             | M::Vmaskmovdqu
