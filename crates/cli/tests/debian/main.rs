@@ -109,6 +109,11 @@ fn debian_works_on_four_cpus() {
 }
 
 #[test]
+fn debian_works_on_four_cpus_at_its_own_address() {
+    exercise(4, "nokaslr");
+}
+
+#[test]
 fn debian_that_reboots_boots_again_and_can_then_switch_off() {
     let files = tempfile::tempdir().unwrap();
     let initramfs = initramfs("echo '<booted>'\nread -r command\n$command\nsleep 1000\n");
