@@ -10,7 +10,7 @@
 //! virtual CPU is `cpu::Cpu`; `mode` is the part of it that decides what code means. `vm`
 //! holds what vCPUs share, `signals` turns faults of the host CPU into the guest's.
 //!
-//! `unsafe` code is confined to `access`, `codemem`, `fpu`, `helpers`, `ram`, `region`, `run`,
+//! `unsafe` code is confined to `access`, `clock`, `codemem`, `fpu`, `helpers`, `ram`, `region`, `run`,
 //! `signals`, `strings`, `thunks`, `translate::fetch` and `vcpu`.
 mod access;
 mod cache;
