@@ -1,7 +1,7 @@
 //! x86-64 facts and the engine-neutral state of a virtual CPU.
 //!
 //! Everything here is plain data: no operating system, no engine, no device. Start with
-//! [`VcpuState`], the state that any engine can take over from any other; [`address`] keeps the
+//! [`state`], whose table lists what any engine can take over from any other; [`address`] keeps the
 //! address spaces apart; [`cpuid`] is the model of the CPU that a guest sees; [`registers`] and
 //! [`msr`] name the bits.
 #![cfg_attr(not(test), no_std)]
@@ -17,6 +17,6 @@ pub mod state;
 pub use address::{GuestPhysical, GuestVirtual};
 pub use cpuid::{CpuModel, CpuidEntry};
 pub use state::{
-    DescriptorTable, Event, FpuState, LapicState, MpState, MsrState, Segment, SegmentName,
-    Segments, VcpuState,
+    Avx512State, DescriptorTable, Element, Event, FpuState, InterruptShadow, LapicState, MpState,
+    Msrs, Segment, SegmentName, Segments, StateHolder, VcpuState,
 };

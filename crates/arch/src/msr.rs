@@ -2,6 +2,14 @@
 #![allow(missing_docs)] // The names are the manuals' own.
 
 pub const TSC: u32 = 0x10;
+// KVM's own registers (Linux, Documentation/virt/kvm/x86/msr.rst), the first two by the numbers
+// that they had at first.
+pub const KVM_WALL_CLOCK_OLD: u32 = 0x11;
+pub const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
+pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
+pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
+pub const KVM_END_OF_INTERRUPT: u32 = 0x4b56_4d04;
 pub const PLATFORM_ID: u32 = 0x17;
 pub const APIC_BASE: u32 = 0x1b;
 pub const FEATURE_CONTROL: u32 = 0x3a;
@@ -17,6 +25,7 @@ pub const SYSENTER_EIP: u32 = 0x176;
 pub const MCG_CAP: u32 = 0x179;
 pub const MCG_STATUS: u32 = 0x17a;
 pub const MISC_ENABLE: u32 = 0x1a0;
+pub const DEBUG_CONTROL: u32 = 0x1d9;
 pub const MTRR_PHYS_BASE0: u32 = 0x200;
 pub const MTRR_FIX64K_00000: u32 = 0x250;
 pub const MTRR_FIX16K_80000: u32 = 0x258;

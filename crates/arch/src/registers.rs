@@ -77,6 +77,12 @@ pub mod xcr0 {
     pub const X87: u64 = 1 << 0;
     pub const SSE: u64 = 1 << 1;
     pub const AVX: u64 = 1 << 2;
+    pub const OPMASK: u64 = 1 << 5;
+    pub const UPPER_ZMM: u64 = 1 << 6;
+    pub const HIGH_ZMM: u64 = 1 << 7;
+    pub const PKRU: u64 = 1 << 9;
+    /// The three that AVX-512 needs beside AVX.
+    pub const AVX512: u64 = OPMASK | UPPER_ZMM | HIGH_ZMM;
 }
 
 /// Exception and interrupt vectors (Intel SDM 3A 6.3.1).

@@ -2,7 +2,7 @@
 use crate::error::BootError;
 use crate::memory::GuestRam;
 use arch::registers::{cr0, cr4, efer, gpr};
-use arch::{DescriptorTable, LapicState, MpState, MsrState, Segment, SegmentName, VcpuState, msr};
+use arch::{DescriptorTable, Segment, SegmentName, VcpuState, msr};
 
 /// Selector of the code segment (`__BOOT_CS` of the Linux boot protocol, GRUB's too).
 const CODE: u16 = 0x10;
@@ -18,50 +18,30 @@ const CODE64: u16 = 0xa09b;
 const DATA32: u16 = 0xc093;
 
 /// The state of the boot vCPU before a protocol's own registers: the reset state and what every
-/// firmware has done by then (memory types, virtual wire mode of the local APIC).
+/// firmware has done by then: memory types, and virtual wire mode of the local APIC
+/// (MultiProcessor Specification 1.4 §3.6.2.2), which lets the 8259's interrupts through LINT0.
 fn firmware_state() -> VcpuState {
-    let mut state = VcpuState::reset();
-    state.msrs = firmware_msrs();
-    state.lapic = lapic(0, true);
+    const SPURIOUS: usize = 0xf0 / 16;
+    const LINT0: usize = 0x350 / 16;
+    const LINT1: usize = 0x360 / 16;
+    let mut state = with_memory_types(VcpuState::reset());
+    let lapic = &mut state.lapic.registers;
+    (lapic[SPURIOUS], lapic[LINT0], lapic[LINT1]) = (0x1ff, 0x700, 0x400);
     state
 }
 
 /// The state of an application processor that waits for its start-up IPI, with the memory types
 /// that firmware sets on all processors (Intel SDM 3A 11.11.8 wants them equal).
 pub fn application_processor(apic_id: u32) -> VcpuState {
-    let mut state = VcpuState::reset();
-    state.msrs = firmware_msrs();
-    state.lapic = lapic(apic_id, false);
-    state.mp = MpState::WaitForSipi;
-    state
+    with_memory_types(VcpuState::reset_application_processor(apic_id))
 }
 
 /// MTRRs on, everything write-back: the engines give devices their own meaning
 /// (Intel SDM 3A 11.11.2.1).
-fn firmware_msrs() -> Vec<MsrState> {
-    vec![MsrState { index: msr::MTRR_DEF_TYPE, value: 1 << 11 | 6 }]
-}
-
-/// The local APIC after reset (Intel SDM 3A 10.4.7.1); on the boot processor in virtual wire mode
-/// (MultiProcessor Specification 1.4 §3.6.2.2), which lets the 8259's interrupts through LINT0.
-fn lapic(id: u32, boot: bool) -> LapicState {
-    let mut lapic = LapicState::default();
-    let mut set = |offset: usize, value| {
-        if let Some(register) = lapic.registers.get_mut(offset / 16) {
-            *register = value;
-        }
-    };
-    const MASKED: u32 = 1 << 16;
-    set(0x20, id << 24);
-    set(0x30, 0x5_0014);
-    set(0xe0, u32::MAX);
-    set(0xf0, if boot { 0x1ff } else { 0xff });
-    for local_vector in [0x320, 0x330, 0x340, 0x370] {
-        set(local_vector, MASKED);
-    }
-    set(0x350, if boot { 0x700 } else { MASKED });
-    set(0x360, if boot { 0x400 } else { MASKED });
-    lapic
+fn with_memory_types(mut state: VcpuState) -> VcpuState {
+    let is_state = state.msrs.set(msr::MTRR_DEF_TYPE, 1 << 11 | 6);
+    debug_assert!(is_state);
+    state
 }
 
 /// Writes the descriptor table and gives its register.

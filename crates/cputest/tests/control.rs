@@ -1,6 +1,6 @@
 //! Modes, gates, privilege changes and system calls (Intel SDM 3A 5.8, 6.12, 9.8).
 use arch::registers::{cr0, cr4, efer, gpr, rflags};
-use arch::{MsrState, SegmentName, VcpuState, msr};
+use arch::{SegmentName, VcpuState, msr};
 use cputest::layout::{
     PageTables, Paging, descriptor, gate32, gate64, page, read_u32, write, write_u64,
 };
@@ -278,8 +278,7 @@ fn a_64_bit_call_gate_enters_the_kernel_and_retfq_leaves_it() {
 }
 
 fn set_msr(state: &mut VcpuState, index: u32, value: u64) {
-    state.msrs.retain(|m| m.index != index);
-    state.msrs.push(MsrState { index, value });
+    assert!(state.msrs.set(index, value), "{index:#x} is not of the state table");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+use arch::VcpuState;
 use arch::registers::gpr;
 use cputest::layout::{page, read, read_u64, write, write_u64};
 use cputest::micro::{Guest, Mode, at, done, say};
@@ -295,11 +296,8 @@ fn fs_and_gs_bases_move_operands_and_swapgs_exchanges_them() {
 /// ESI.
 fn start_all(guest: &mut Guest) {
     for index in 1..guest.vcpus.len() {
-        let mut state = guest.vcpus[index].state().unwrap();
-        let mine = guest.state.clone();
-        let (lapic, msrs) = (std::mem::take(&mut state.lapic), std::mem::take(&mut state.msrs));
-        state = mine;
-        (state.lapic, state.msrs) = (lapic, msrs);
+        let own = guest.vcpus[index].state().unwrap();
+        let mut state = VcpuState { lapic: own.lapic, msrs: own.msrs, ..guest.state.clone() };
         state.gpr[gpr::RSI] = index as u64;
         state.gpr[gpr::RSP] = at::STACK - 0x200 * index as u64;
         guest.vcpus[index].set_state(&state).unwrap();

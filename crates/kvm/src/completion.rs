@@ -12,11 +12,12 @@
 //! are delivered by KVM; any other fault of an instruction that KVM does not know ends the VM with
 //! an error that shows the instruction.
 use crate::Companion;
-use crate::state::{self, Scope};
+use crate::state::{self, Holder};
 use arch::registers::{rflags, vector};
-use arch::{DescriptorTable, LapicState, MpState, MsrState, SegmentName, VcpuState, msr};
+use arch::{
+    DescriptorTable, InterruptShadow, LapicState, MpState, Msrs, SegmentName, VcpuState, msr,
+};
 use engine::{EngineError, GuestMemory, Halt, Vcpu, VcpuIo, Vm, VmConfig};
-use kvm_ioctls::VcpuFd;
 use std::sync::Arc;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -52,13 +53,8 @@ impl Completer {
     ///
     /// # Errors
     /// The state cannot be moved, or the instruction faults.
-    pub fn complete(
-        &mut self,
-        kvm: &VcpuFd,
-        scope: Scope<'_>,
-        io: &dyn VcpuIo,
-    ) -> Result<(), EngineError> {
-        let before = state::lend(kvm, scope)?;
+    pub fn complete(&mut self, mut kvm: Holder<'_>, io: &dyn VcpuIo) -> Result<(), EngineError> {
+        let before = VcpuState::save(&mut kvm)?;
         self.vcpu.set_state(&for_one_instruction(&before))?;
         let halt = self.vcpu.run(io)?;
         let ran = self.vcpu.state()?;
@@ -70,30 +66,25 @@ impl Completer {
         }
         // A repeated string instruction is trapped after each round, where it is.
         if (ran.rip, ran.gpr) == (before.rip, before.gpr) {
-            return self.faulted(kvm, &before, scope);
+            return self.faulted(kvm, &before);
         }
         let after = after_it(&before, ran);
-        state::set_executed(kvm, &before, &after, scope)?;
+        kvm.take_executed(&before, &after)?;
         if before.rflags & rflags::TF != 0 {
             // The guest's own single step.
-            state::inject(kvm, vector::DB)?;
+            state::inject(kvm.vcpu, vector::DB)?;
         }
         Ok(())
     }
 
     /// INT3 at the present instruction is a trap that KVM can deliver; it cannot other faults.
-    fn faulted(
-        &self,
-        kvm: &VcpuFd,
-        before: &VcpuState,
-        scope: Scope<'_>,
-    ) -> Result<(), EngineError> {
-        let code = self.code_at(kvm, before);
+    fn faulted(&self, mut kvm: Holder<'_>, before: &VcpuState) -> Result<(), EngineError> {
+        let code = self.code_at(&kvm, before);
         if code.first() == Some(&INT3) {
             let mut after = before.clone();
             after.rip = after.rip.wrapping_add(1);
-            state::set_executed(kvm, before, &after, scope)?;
-            return state::inject(kvm, vector::BP);
+            kvm.take_executed(before, &after)?;
+            return state::inject(kvm.vcpu, vector::BP);
         }
         let text: Vec<_> = code.iter().map(|byte| format!("{byte:02x}")).collect();
         Err(EngineError::Unsupported(format!(
@@ -105,11 +96,11 @@ impl Completer {
     }
 
     /// The readable bytes at the present instruction.
-    fn code_at(&self, kvm: &VcpuFd, state: &VcpuState) -> Vec<u8> {
+    fn code_at(&self, kvm: &Holder<'_>, state: &VcpuState) -> Vec<u8> {
         let start = state.segments[SegmentName::Cs].base.wrapping_add(state.rip);
         (0..CODE)
             .map_while(|i| {
-                let place = kvm.translate_gva(start.wrapping_add(i)).ok()?;
+                let place = kvm.vcpu.translate_gva(start.wrapping_add(i)).ok()?;
                 let address = GuestAddress(place.physical_address);
                 (place.valid != 0).then(|| self.memory.read_obj(address).ok()).flatten()
             })
@@ -118,23 +109,35 @@ impl Completer {
 }
 
 /// Registers that the companion is given; others are not touched by instructions that end here.
-fn is_needed(index: u32) -> bool {
+fn is_needed(number: u32) -> bool {
     let common = [msr::KERNEL_GS_BASE, msr::TSC_AUX, msr::PAT];
-    (msr::STAR..=msr::SFMASK).contains(&index)
-        || (msr::SYSENTER_CS..=msr::SYSENTER_EIP).contains(&index)
-        || common.contains(&index)
+    (msr::STAR..=msr::SFMASK).contains(&number)
+        || (msr::SYSENTER_CS..=msr::SYSENTER_EIP).contains(&number)
+        || common.contains(&number)
+}
+
+/// `base` with the needed registers of `other`.
+fn with_needed(mut base: Msrs, other: &Msrs) -> Msrs {
+    for (number, value) in other.iter().filter(|(number, _)| is_needed(*number)) {
+        // Every register of one table is in the other.
+        let _ = base.set(number, value);
+    }
+    base
 }
 
 fn for_one_instruction(before: &VcpuState) -> VcpuState {
+    let fresh = VcpuState::reset();
     let mut state = before.clone();
     state.rflags |= rflags::TF;
     state.idtr = DescriptorTable { base: 0, limit: 0 };
     // No data or instruction breakpoints: KVM's hits are KVM's.
-    state.debug = VcpuState::reset().debug;
-    state.msrs.retain(|m| is_needed(m.index));
+    state.debug = fresh.debug;
+    // Registers that the companion may lack, and that it does not touch.
+    (state.avx512, state.pkru) = (fresh.avx512, fresh.pkru);
+    state.msrs = with_needed(fresh.msrs, &before.msrs);
     // The bootstrap processor's LAPIC, switched off.
-    state.msrs.push(MsrState { index: msr::APIC_BASE, value: 0xfee0_0100 });
-    state.lapic = LapicState::default();
+    state.lapic =
+        LapicState { base: LapicState::DEFAULT_BASE | LapicState::BOOTSTRAP, ..fresh.lapic };
     state.mp = MpState::Running;
     state.events = arch::Event { nmi_blocked: true, ..Default::default() };
     state
@@ -151,7 +154,8 @@ fn after_it(before: &VcpuState, ran: VcpuState) -> VcpuState {
         // BS: the debug trap is a single step (Intel SDM 3A 18.2.3).
         after.debug[4] |= 1 << 14;
     }
-    after.msrs.retain(|m| is_needed(m.index));
-    after.events = arch::Event { interrupt_shadow: false, ..before.events };
+    (after.avx512, after.pkru) = (before.avx512.clone(), before.pkru);
+    after.msrs = with_needed(before.msrs.clone(), &after.msrs);
+    after.events = arch::Event { interrupt_shadow: InterruptShadow::None, ..before.events };
     after
 }

@@ -1,6 +1,7 @@
 //! The CPU that guests see: what the VM's model asks for and KVM can give (Intel SDM 2A CPUID,
 //! AMD APM 3 appendix E; api.rst §4.20 and §4.46).
 use crate::error::refused;
+use crate::state::Layout;
 use arch::{CpuModel, CpuidEntry};
 use engine::EngineError;
 use kvm_bindings::{
@@ -90,6 +91,8 @@ fn key(entry: &kvm_cpuid_entry2) -> Option<u32> {
 /// What KVM can give on this host.
 pub struct Supported {
     model: CpuModel,
+    /// Where vector registers lie.
+    pub xsave: Layout,
 }
 
 impl Supported {
@@ -119,7 +122,12 @@ impl Supported {
             }
             CpuidEntry { leaf: e.function, subleaf: key(e), result }
         });
-        Ok(Self { model: CpuModel::new(entries.collect()) })
+        let model = CpuModel::new(entries.collect());
+        let xsave = Layout::new(|component| {
+            let leaf = |e: &&kvm_cpuid_entry2| e.function == 0xd && e.index == component;
+            supported.as_slice().iter().find(leaf).filter(|e| e.eax != 0).map(|e| e.ebx)
+        });
+        Ok(Self { model, xsave })
     }
 
     /// The CPU that guests of this engine see by default on this host.
@@ -238,7 +246,8 @@ mod tests {
     use super::*;
 
     fn supported(leaf: u32, result: [u32; 4]) -> Supported {
-        Supported { model: CpuModel::new(vec![CpuidEntry { leaf, subleaf: None, result }]) }
+        let model = CpuModel::new(vec![CpuidEntry { leaf, subleaf: None, result }]);
+        Supported { model, xsave: Layout::default() }
     }
 
     fn find(cpuid: &CpuId, leaf: u32, subleaf: u32) -> kvm_cpuid_entry2 {

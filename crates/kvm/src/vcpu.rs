@@ -18,7 +18,7 @@ pub struct KvmVcpu {
     index: u32,
     shared: Arc<VmShared>,
     attention: Arc<Attention>,
-    reset_msrs: state::Msrs,
+    msrs: state::Available,
     /// Made when the first instruction needs it.
     completer: Option<Completer>,
 }
@@ -66,12 +66,12 @@ impl KvmVcpu {
         if index != 0 {
             state::set_mp_state(&fd, MpState::WaitForSipi)?;
         }
-        let reset_msrs = state::Msrs::read(&fd)?;
-        Ok(Self { fd, index, shared, attention, reset_msrs, completer: None })
+        let msrs = state::Available::of(&fd)?;
+        Ok(Self { fd, index, shared, attention, msrs, completer: None })
     }
 
-    fn scope(&self) -> state::Scope<'_> {
-        state::Scope { index: self.index, reset_msrs: &self.reset_msrs }
+    fn holder(&self) -> state::Holder<'_> {
+        state::Holder { vcpu: &self.fd, msrs: &self.msrs, layout: &self.shared.cpuid.xsave }
     }
 
     fn cycle(&mut self, io: &dyn VcpuIo, presence: &Presence<'_>) -> Result<Halt, EngineError> {
@@ -173,8 +173,8 @@ impl KvmVcpu {
             Some(completer) => completer,
             none => none.insert(self.shared.completer()?),
         };
-        let scope = state::Scope { index: self.index, reset_msrs: &self.reset_msrs };
-        completer.complete(&self.fd, scope, io)
+        let layout = &self.shared.cpuid.xsave;
+        completer.complete(state::Holder { vcpu: &self.fd, msrs: &self.msrs, layout }, io)
     }
 
     fn give_nmi(&self) -> Result<(), EngineError> {
@@ -221,13 +221,14 @@ impl Vcpu for KvmVcpu {
     }
 
     fn state(&mut self) -> Result<VcpuState, EngineError> {
-        let mut state = state::get(&self.fd, self.scope())?;
+        let mut state = VcpuState::save(&mut self.holder())?;
         state.events.nmi_pending |= self.attention.has_nmi();
         Ok(state)
     }
 
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        state.restore(&mut self.holder())?;
         self.attention.take_nmi();
-        state::set(&self.fd, state, self.scope())
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use arch::registers::{gpr, rflags};
-use arch::{MsrState, VcpuState, msr};
+use arch::{VcpuState, msr};
 use common::{Guest, Mode, at, done, engine, say, starting_state};
 use cputest::layout::{read, write};
 use engine::Engine;
@@ -37,10 +37,7 @@ fn rich_state(base: VcpuState) -> VcpuState {
         (msr::MTRR_DEF_TYPE, 0xc06),
     ];
     for (index, value) in values {
-        match state.msrs.iter_mut().find(|m| m.index == index) {
-            Some(register) => register.value = value,
-            None => state.msrs.push(MsrState { index, value }),
-        }
+        assert!(state.msrs.set(index, value), "{index:#x} is not of the state table");
     }
     state.lapic.registers[0x0f] = 0x1ff;
     state.lapic.registers[0x08] = 0x20;
@@ -55,8 +52,7 @@ fn still(mut state: VcpuState) -> VcpuState {
     state.tsc = 0;
     state.lapic.registers[0x0a] = 0;
     state.lapic.registers[0x39] = 0;
-    state.msrs.retain(|m| m.index != msr::TSC_ADJUST);
-    state.msrs.sort_by_key(|m| m.index);
+    assert!(state.msrs.set(msr::TSC_ADJUST, 0));
     state
 }
 
@@ -86,28 +82,6 @@ fn the_clock_goes_on_from_where_it_was_saved_where_hardware_keeps_it() {
         // KVM on PVM shows guests the host's counter, whatever is set.
         assert!((1 << 60..1 << 61).contains(&later) || later > before, "{later:#x}");
     }
-}
-
-#[test]
-fn elements_that_a_state_lacks_get_their_values_after_reset() {
-    let Some(engine) = engine() else { return };
-    let (vm, _memory) = cputest::machine::make_vm(&engine, at::RAM, 1).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    let fresh = vcpu.state().unwrap();
-    vcpu.set_state(&rich_state(fresh.clone())).unwrap();
-    vcpu.set_state(&VcpuState { msrs: Vec::new(), ..fresh.clone() }).unwrap();
-    assert_eq!(still(vcpu.state().unwrap()), still(fresh));
-}
-
-#[test]
-fn a_register_that_kvm_lacks_is_refused_by_its_number() {
-    let Some(engine) = engine() else { return };
-    let (vm, _memory) = cputest::machine::make_vm(&engine, at::RAM, 1).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    let mut state = vcpu.state().unwrap();
-    state.msrs.push(MsrState { index: 0x1234_5678, value: 9 });
-    let error = vcpu.set_state(&state).unwrap_err().to_string();
-    assert!(error.contains("MSR 0x12345678"), "{error}");
 }
 
 #[test]

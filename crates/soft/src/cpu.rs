@@ -11,7 +11,7 @@ use crate::mmu::{ExecTlb, Tlb};
 use crate::mode::{CodeSize, MmuIndex, Mode, SegmentClass};
 use crate::vm::VmShared;
 use arch::registers::{cr0, cr4, efer, rflags, xcr0};
-use arch::{DescriptorTable, FpuState, Segment, SegmentName, Segments};
+use arch::{DescriptorTable, FpuState, Msrs, Segment, SegmentName, msr};
 use engine::VcpuIo;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -83,6 +83,7 @@ impl System {
     /// The registers after RESET (Intel SDM 3A table 10-1); PAT and MTRRs likewise.
     pub fn reset() -> Self {
         let state = arch::VcpuState::reset();
+        let reset = |number| Msrs::reset_value(number).unwrap_or(0);
         Self {
             cr0: state.cr0,
             cr2: 0,
@@ -105,8 +106,8 @@ impl System {
             sysenter_eip: 0,
             tsc_adjust: 0,
             tsc_aux: 0,
-            pat: 0x0007_0406_0007_0406,
-            misc_enable: 1,
+            pat: reset(msr::PAT),
+            misc_enable: reset(msr::MISC_ENABLE),
             spec_ctrl: 0,
             mtrr_def_type: 0,
             mtrr_fixed: [0; 11],
@@ -385,10 +386,5 @@ impl Cpu {
             last <= limit
         };
         within.then_some(())
-    }
-
-    /// All segment registers as the engine-neutral state holds them.
-    pub fn segments_state(&self) -> Segments {
-        Segments { regs: self.segments, ldtr: self.sys.ldtr, tr: self.sys.tr }
     }
 }

@@ -37,13 +37,10 @@ mod reg {
     pub const SELF_IPI: usize = 0x3f;
 }
 
-const MASKED: u32 = 1 << 16;
-const ENABLED: u64 = 1 << 11;
-const X2APIC: u64 = 1 << 10;
-const BOOTSTRAP: u64 = 1 << 8;
-const DEFAULT_BASE: u64 = 0xfee0_0000;
-/// Version 14H, six local vectors.
-const VERSION: u32 = 0x0005_0014;
+const MASKED: u32 = LapicState::MASKED;
+const ENABLED: u64 = LapicState::ENABLED;
+const X2APIC: u64 = LapicState::X2APIC;
+const BOOTSTRAP: u64 = LapicState::BOOTSTRAP;
 const NO_PAGE: u64 = u64::MAX;
 
 /// One local APIC.
@@ -77,27 +74,20 @@ impl Lapic {
             tsc_deadline: 0,
             deadline: None,
         };
-        let bootstrap = if index == 0 { BOOTSTRAP } else { 0 };
-        lapic.set_base(DEFAULT_BASE | ENABLED | bootstrap);
+        lapic.set_base(LapicState::reset(index).base);
         lapic.reset_registers();
         lapic
     }
 
     /// Registers as after RESET or INIT; the base stays (Intel SDM 3A 11.4.7).
     pub(crate) fn reset_registers(&mut self) {
-        self.registers = [0; 64];
-        self.registers[reg::ID] = if self.x2apic() { self.index } else { self.index << 24 };
-        self.registers[reg::VERSION] = VERSION;
-        self.registers[reg::DFR] = u32::MAX;
-        self.registers[reg::SVR] = 0xff;
-        for lvt in &mut self.registers[reg::LVT_TIMER..=reg::LVT_ERROR] {
-            *lvt = MASKED;
-        }
+        self.registers = LapicState::reset(self.index).registers;
         if self.index == 0 {
             // Virtual wire mode, as firmware leaves it: the PIC reaches the bootstrap processor.
             self.registers[reg::LINT0] = 7 << 8;
         }
         if self.x2apic() {
+            self.registers[reg::ID] = self.index;
             self.registers[reg::LDR] = self.x2apic_ldr();
         }
         self.errors = 0;
@@ -210,7 +200,9 @@ impl Lapic {
         let mut registers = self.registers;
         registers[reg::PPR] = self.ppr();
         registers[reg::CURRENT] = self.current_count();
-        LapicState { registers, tsc_deadline: self.tsc_deadline }
+        // Errors that the guest has not yet latched by a write to the register.
+        registers[reg::ESR] |= self.errors;
+        LapicState { base: self.base, registers, tsc_deadline: self.tsc_deadline }
     }
 
     fn raise_error(&mut self, bits: u32) -> bool {
@@ -456,21 +448,13 @@ impl Cpu {
         Some(())
     }
 
-    /// IA32_APIC_BASE of a saved state, which need not follow the rules for guests.
-    pub(crate) fn lapic_restore_base(&mut self, value: u64) {
-        self.lapic.set_base(value);
-        self.publish_lapic();
-        self.flush_tlb();
-    }
-
-    /// Takes over a saved state; IA32_APIC_BASE and the TSC must have been restored before.
+    /// Takes over a saved state, whose base need not follow the rules for guests; the TSC must have
+    /// been restored before.
     pub fn restore_lapic(&mut self, state: &LapicState) {
         let lapic = &mut self.lapic;
+        lapic.set_base(state.base);
         lapic.registers = state.registers;
-        if lapic.registers[reg::VERSION] == 0 {
-            // No state at all, as `VcpuState::reset` has it: that after reset.
-            lapic.reset_registers();
-        }
+        lapic.errors = state.registers[reg::ESR];
         lapic.tsc_deadline = state.tsc_deadline;
         lapic.deadline = None;
         let left = lapic.registers[reg::CURRENT];
@@ -535,7 +519,7 @@ mod tests {
         let mut lapic = enabled();
         assert!(lapic.claims(0xfee0_0020));
         assert!(!lapic.claims(0xfee0_1000));
-        lapic.set_base(DEFAULT_BASE | ENABLED | X2APIC);
+        lapic.set_base(LapicState::DEFAULT_BASE | ENABLED | X2APIC);
         assert!(!lapic.claims(0xfee0_0020));
     }
 }

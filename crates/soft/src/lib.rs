@@ -41,6 +41,7 @@ mod run;
 mod segment;
 mod signals;
 mod stack;
+mod state;
 mod strings;
 mod syscall;
 mod tables;

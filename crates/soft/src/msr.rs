@@ -6,11 +6,10 @@ use crate::execute::Done;
 use arch::msr as number;
 use arch::registers::gpr::{RAX, RCX, RDX};
 use arch::registers::{cr0, efer};
-use arch::{MsrState, SegmentName};
+use arch::{Msrs, SegmentName};
 
 /// LAPIC registers as MSRs.
 const X2APIC_END: u32 = number::X2APIC + 0x3f;
-const DEBUG_CONTROL: u32 = 0x1d9;
 const FLUSH_COMMAND: u32 = 0x10b;
 const MICROCODE_UPDATE: u32 = 0x79;
 const AMD_DECODE_CONFIG: u32 = 0xc001_1029;
@@ -76,31 +75,6 @@ fn storage(cpu: &mut Cpu, index: u32) -> Option<&mut u64> {
     })
 }
 
-/// Every register of plain storage.
-fn storage_indexes() -> impl Iterator<Item = u32> {
-    let single = [
-        number::STAR,
-        number::LSTAR,
-        number::CSTAR,
-        number::SFMASK,
-        number::KERNEL_GS_BASE,
-        number::SYSENTER_CS,
-        number::SYSENTER_ESP,
-        number::SYSENTER_EIP,
-        number::TSC_AUX,
-        number::PAT,
-        number::MISC_ENABLE,
-        number::SPEC_CTRL,
-        number::MTRR_DEF_TYPE,
-        number::MTRR_FIX64K_00000,
-        number::MTRR_FIX16K_80000,
-        number::MTRR_FIX16K_A0000,
-    ];
-    let variable = number::MTRR_PHYS_BASE0..number::MTRR_PHYS_BASE0 + 16;
-    let fixed = number::MTRR_FIX4K_C0000..number::MTRR_FIX4K_C0000 + 8;
-    single.into_iter().chain(variable).chain(fixed)
-}
-
 /// The value of a register, or `None` for one that this CPU does not have.
 pub(crate) fn read(cpu: &mut Cpu, index: u32) -> Option<u64> {
     if let Some(slot) = storage(cpu, index) {
@@ -119,7 +93,7 @@ pub(crate) fn read(cpu: &mut Cpu, index: u32) -> Option<u64> {
         // Eight variable ranges, fixed ranges, write combining.
         number::MTRR_CAP => 0x508,
         // No machine-check banks; the registers of banks read as zero all the same.
-        number::MCG_CAP | number::MCG_STATUS | 0..=1 | 0x400..=0x47f | DEBUG_CONTROL => 0,
+        number::MCG_CAP | number::MCG_STATUS | 0..=1 | 0x400..=0x47f | number::DEBUG_CONTROL => 0,
         number::PLATFORM_ID | MICROCODE_UPDATE if intel => 0,
         // A revision high enough that no guest refuses or works around old microcode.
         number::BIOS_SIGN_ID => {
@@ -189,7 +163,7 @@ pub(crate) fn write(cpu: &mut Cpu, index: u32, value: u64) -> Option<()> {
         number::TSC_DEADLINE => cpu.set_tsc_deadline(value),
         number::X2APIC..=X2APIC_END => return cpu.lapic_write_msr(index, value),
         number::PRED_CMD | FLUSH_COMMAND | MICROCODE_UPDATE | number::BIOS_SIGN_ID => {}
-        number::MCG_STATUS | 0..=1 | 0x400..=0x47f | DEBUG_CONTROL => {}
+        number::MCG_STATUS | 0..=1 | 0x400..=0x47f | number::DEBUG_CONTROL => {}
         number::HWCR | number::SYSCFG | AMD_DECODE_CONFIG if !intel => {}
         0xc001_001f | 0xc001_0055 | 0xc001_1020..=0xc001_1023 | 0xc001_102a if !intel => {}
         _ => return None,
@@ -217,31 +191,39 @@ fn write_efer(cpu: &mut Cpu, value: u64) -> Option<()> {
     Some(())
 }
 
-/// All registers that hold state and that `VcpuState` has no field of their own for.
-pub fn save(cpu: &mut Cpu) -> Vec<MsrState> {
-    let extra = [number::APIC_BASE, number::TSC_ADJUST];
-    storage_indexes()
-        .chain(extra)
-        .filter_map(|index| Some(MsrState { index, value: read(cpu, index)? }))
-        .collect()
-}
-
-/// Restores what [`save`] gave; names the first register that this CPU does not have.
-///
-/// # Errors
-/// The number of a register that cannot hold its value.
-pub fn restore(cpu: &mut Cpu, msrs: &[MsrState]) -> Result<(), u32> {
-    for state in msrs {
-        match state.index {
-            // The offset that belongs to it is restored with the counter itself.
-            number::TSC_ADJUST => cpu.sys.tsc_adjust = state.value,
-            number::APIC_BASE => cpu.lapic_restore_base(state.value),
-            number::TSC => {}
-            index => match storage(cpu, index) {
-                Some(slot) => *slot = state.value,
-                None => write(cpu, index, state.value).ok_or(index)?,
-            },
+/// The registers of the state table; those that this CPU does not have, or does not keep, have
+/// their values after reset.
+pub fn save(cpu: &mut Cpu) -> Msrs {
+    let mut msrs = Msrs::reset();
+    for number in Msrs::numbers() {
+        if let Some(slot) = kept(cpu, number) {
+            // The number is the table's own.
+            let _ = msrs.set(number, *slot);
         }
     }
-    Ok(())
+    msrs
+}
+
+/// Takes over what [`save`] gave.
+pub fn restore(cpu: &mut Cpu, msrs: &Msrs) {
+    for (number, value) in msrs.iter() {
+        if let Some(slot) = kept(cpu, number) {
+            *slot = value;
+        }
+    }
+}
+
+/// The first register of a state, and its value, that this CPU cannot hold.
+pub fn unheld(cpu: &mut Cpu, msrs: &Msrs) -> Option<(u32, u64)> {
+    let used = |(number, value)| Msrs::reset_value(number) != Some(value);
+    msrs.iter().find(|&(number, value)| used((number, value)) && kept(cpu, number).is_none())
+}
+
+/// Where a register of the state table is kept. The counter's offset, to which TSC_ADJUST belongs,
+/// moves with the counter itself.
+fn kept(cpu: &mut Cpu, number: u32) -> Option<&mut u64> {
+    if number == number::TSC_ADJUST {
+        return Some(&mut cpu.sys.tsc_adjust);
+    }
+    storage(cpu, number)
 }

@@ -7,9 +7,9 @@ use crate::mmu::ExecTlb;
 use crate::mode::Mode;
 use crate::region::CpuRegion;
 use crate::vm::{VmShared, pending};
-use crate::{msr, run, thunks};
+use crate::{events, run, thunks};
+use arch::VcpuState;
 use arch::registers::gpr::RDX;
-use arch::{Event, MpState, SegmentName, VcpuState};
 use engine::{EngineError, Halt, Kick, Vcpu, VcpuIo};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -47,16 +47,17 @@ impl SoftVcpu {
         let cpu = NonNull::new(cpu)
             .ok_or_else(|| EngineError::Defect("a region at address zero".into()))?;
         let mut vcpu = Self { cpu, shared: shared.clone() };
-        let mut state = VcpuState::reset();
+        let mut state = match index {
+            0 => VcpuState::reset(),
+            id => VcpuState::reset_application_processor(id),
+        };
         state.gpr[RDX] = u64::from(shared.model.query(1, 0)[0]);
-        state.mp = if index == 0 { MpState::Running } else { MpState::WaitForSipi };
         let cpu = vcpu.cpu();
         cpu.tlb.initialise();
         for mmu in 0..cpu.jumps.len() {
             cpu.empty_jumps(mmu);
         }
-        cpu.lapic.reset_registers();
-        // The reset state leaves the LAPIC as it is.
+        // With the PIC's way to the bootstrap processor open, as firmware leaves it.
         state.lapic = cpu.lapic.save();
         vcpu.set_state(&state)?;
         let poll = &raw const vcpu.cpu().poll as usize;
@@ -129,83 +130,21 @@ impl Vcpu for SoftVcpu {
 
     fn state(&mut self) -> Result<VcpuState, EngineError> {
         let cpu = self.cpu();
-        let sys = &cpu.sys;
-        let mut state = VcpuState {
-            gpr: cpu.gpr,
-            rip: cpu.rip,
-            rflags: cpu.rflags,
-            segments: cpu.segments_state(),
-            gdtr: sys.gdtr,
-            idtr: sys.idtr,
-            cr0: sys.cr0,
-            cr2: sys.cr2,
-            cr3: sys.cr3,
-            cr4: sys.cr4,
-            debug: sys.debug,
-            efer: sys.efer,
-            xcr0: sys.xcr0,
-            fpu: cpu.area.clone(),
-            msrs: Vec::new(),
-            lapic: cpu.lapic.save(),
-            mp: cpu.lapic.mp,
-            events: Event {
-                interrupt_shadow: sys.shadow,
-                nmi_pending: cpu.lapic.nmi_pending,
-                nmi_blocked: sys.nmi_blocked,
-            },
-            tsc: cpu.guest_tsc(),
-        };
-        state.msrs = msr::save(cpu);
-        Ok(state)
+        // What others have sent is part of the state.
+        events::poll(cpu);
+        VcpuState::save(cpu)
     }
 
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError> {
         let cpu = self.cpu();
-        cpu.gpr = state.gpr;
-        cpu.rip = state.rip;
-        cpu.rflags = state.rflags | arch::registers::rflags::FIXED;
-        cpu.segments = state.segments.regs;
-        cpu.tsc_offset = cpu.vm.agree_on_tsc(state.tsc);
-        cpu.area = state.fpu.clone();
-        let sys = &mut cpu.sys;
-        sys.ldtr = state.segments.ldtr;
-        sys.tr = state.segments.tr;
-        sys.gdtr = state.gdtr;
-        sys.idtr = state.idtr;
-        sys.cr0 = state.cr0;
-        sys.cr2 = state.cr2;
-        sys.cr3 = state.cr3;
-        sys.cr4 = state.cr4;
-        sys.debug = state.debug;
-        sys.efer = state.efer;
-        sys.xcr0 = state.xcr0;
-        sys.shadow = state.events.interrupt_shadow;
-        sys.shadow_debug = false;
-        sys.nmi_blocked = state.events.nmi_blocked;
-        sys.cpl = privilege(state);
+        // What others have sent belongs to the state that goes.
+        events::poll(cpu);
+        state.restore(cpu)?;
         cpu.triple_fault = false;
-        msr::restore(cpu, &state.msrs).map_err(|index| {
-            EngineError::Unsupported(format!("the soft engine has no MSR {index:#x}"))
-        })?;
-        cpu.restore_lapic(&state.lapic);
-        cpu.lapic.mp = state.mp;
-        cpu.lapic.nmi_pending = state.events.nmi_pending;
         cpu.publish_lapic();
         cpu.flush_code();
         cpu.flush_tlb();
         cpu.update_mode();
         Ok(())
-    }
-}
-
-/// The privilege level of a state: that of SS where there are levels (Intel SDM 3A 5.5).
-fn privilege(state: &VcpuState) -> u8 {
-    use arch::registers::{cr0, rflags};
-    if state.cr0 & cr0::PE == 0 {
-        0
-    } else if state.rflags & rflags::VM != 0 {
-        3
-    } else {
-        (state.segments[SegmentName::Cs].selector & 3) as u8
     }
 }

@@ -5,19 +5,20 @@
 //! NMI waits again, and a fault happens again when its instruction does.
 use crate::error::element;
 use arch::registers::vector;
-use arch::{LapicState, VcpuState};
+use arch::{Element, InterruptShadow, LapicState, VcpuState};
 use engine::EngineError;
 use kvm_bindings::{KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, kvm_vcpu_events};
 use kvm_ioctls::VcpuFd;
 
-/// KVM_X86_SHADOW_INT_STI.
+/// KVM_X86_SHADOW_INT_MOV_SS and KVM_X86_SHADOW_INT_STI.
+const SHADOW_MOV_SS: u8 = 1;
 const SHADOW_STI: u8 = 2;
 /// Registers of the LAPIC, by number.
 const IN_SERVICE: usize = 0x10;
 const REQUESTED: usize = 0x20;
 
 fn read(vcpu: &VcpuFd) -> Result<kvm_vcpu_events, EngineError> {
-    vcpu.get_vcpu_events().map_err(element("read", "pending events"))
+    vcpu.get_vcpu_events().map_err(element("read", Element::Interrupts.name()))
 }
 
 /// Reads the events into a state whose LAPIC has been read before.
@@ -26,10 +27,19 @@ fn read(vcpu: &VcpuFd) -> Result<kvm_vcpu_events, EngineError> {
 /// KVM does not let them be read, or one cannot be undone.
 pub fn get(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
     let events = read(vcpu)?;
-    state.events.interrupt_shadow = events.interrupt.shadow != 0;
+    state.events.interrupt_shadow = match events.interrupt.shadow {
+        0 => InterruptShadow::None,
+        shadow if shadow & SHADOW_MOV_SS != 0 => InterruptShadow::MovSs,
+        _ => InterruptShadow::Sti,
+    };
     state.events.nmi_pending = events.nmi.pending != 0 || events.nmi.injected != 0;
     // Delivery of an NMI begins with blocking others.
     state.events.nmi_blocked = events.nmi.masked != 0 && events.nmi.injected == 0;
+    if events.smi.smm != 0 || events.smi.pending != 0 {
+        return Err(EngineError::Unsupported(
+            "the vCPU is in system management mode, which a saved state has no place for".into(),
+        ));
+    }
     if events.exception.injected != 0 || events.exception.pending != 0 {
         let number = events.exception.nr;
         if matches!(number, vector::DB | vector::BP | vector::OF) {
@@ -48,6 +58,14 @@ pub fn get(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
         }
     }
     Ok(())
+}
+
+fn shadow(state: &VcpuState) -> u8 {
+    match state.events.interrupt_shadow {
+        InterruptShadow::None => 0,
+        InterruptShadow::Sti => SHADOW_STI,
+        InterruptShadow::MovSs => SHADOW_MOV_SS,
+    }
 }
 
 /// Moves a vector from in service back to requested; answers whether it was in service.
@@ -72,10 +90,10 @@ pub fn set(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), EngineError> {
         flags: KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW,
         ..Default::default()
     };
-    events.interrupt.shadow = if state.events.interrupt_shadow { SHADOW_STI } else { 0 };
+    events.interrupt.shadow = shadow(state);
     events.nmi.pending = u8::from(state.events.nmi_pending);
     events.nmi.masked = u8::from(state.events.nmi_blocked);
-    vcpu.set_vcpu_events(&events).map_err(element("set", "pending events"))
+    vcpu.set_vcpu_events(&events).map_err(element("set", Element::Interrupts.name()))
 }
 
 /// After an instruction that KVM did not know: its exception (#UD, which KVM queues for what it
@@ -87,9 +105,9 @@ pub fn set_executed(vcpu: &VcpuFd, after: &VcpuState) -> Result<(), EngineError>
     let mut events = read(vcpu)?;
     events.exception = Default::default();
     events.flags = KVM_VCPUEVENT_VALID_SHADOW;
-    events.interrupt.shadow = if after.events.interrupt_shadow { SHADOW_STI } else { 0 };
+    events.interrupt.shadow = shadow(after);
     events.nmi.masked = u8::from(after.events.nmi_blocked);
-    vcpu.set_vcpu_events(&events).map_err(element("set", "pending events"))
+    vcpu.set_vcpu_events(&events).map_err(element("set", Element::Interrupts.name()))
 }
 
 /// Has an exception delivered when the vCPU next runs.
@@ -101,7 +119,7 @@ pub fn inject(vcpu: &VcpuFd, number: u8) -> Result<(), EngineError> {
     events.exception.nr = number;
     events.exception.injected = 1;
     events.flags = 0;
-    vcpu.set_vcpu_events(&events).map_err(element("set", "pending events"))
+    vcpu.set_vcpu_events(&events).map_err(element("set", Element::Interrupts.name()))
 }
 
 #[cfg(test)]
@@ -110,7 +128,7 @@ mod tests {
 
     #[test]
     fn an_interrupt_on_its_way_goes_back_to_the_lapic() {
-        let mut lapic = LapicState::default();
+        let mut lapic = LapicState::reset(0);
         lapic.registers[IN_SERVICE + 1] = 1 << 5;
         assert!(withdraw(&mut lapic, 37));
         assert_eq!((lapic.registers[IN_SERVICE + 1], lapic.registers[REQUESTED + 1]), (0, 1 << 5));

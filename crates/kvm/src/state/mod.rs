@@ -1,8 +1,9 @@
 //! The engine-neutral state of a vCPU, from KVM's structures and to them.
 //!
-//! The order of setting matters to KVM: control registers decide which other registers are
-//! valid, the LAPIC's mode (in its base register) the meaning of its page, the LAPIC's timer mode
-//! whether a deadline can be set, and what the vCPU is doing comes last.
+//! The order of the table in `arch` is one that KVM can take: control registers decide which other
+//! registers are valid, the LAPIC's timer counts from a clock that has been set, and what the vCPU
+//! is doing comes last. For what the vCPU is doing KVM takes a pending INIT or start-up IPI into
+//! account, so that it is read first.
 mod events;
 mod fpu;
 mod lapic;
@@ -10,9 +11,11 @@ mod msrs;
 mod registers;
 
 pub use events::inject;
-pub use msrs::Msrs;
+pub use fpu::Layout;
+pub use msrs::Available;
 
-use arch::{MpState, VcpuState, msr};
+use crate::error::element;
+use arch::{Element, MpState, StateHolder, VcpuState, msr};
 use engine::EngineError;
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
@@ -20,108 +23,90 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use crate::error::element;
-
-/// What belongs to a vCPU's state and does not change.
+/// A vCPU as the holder of its state.
 #[derive(Clone, Copy)]
-pub struct Scope<'a> {
-    /// The vCPU's number.
-    pub index: u32,
-    /// The MSRs as they were after reset.
-    pub reset_msrs: &'a Msrs,
+pub struct Holder<'a> {
+    /// The vCPU.
+    pub vcpu: &'a VcpuFd,
+    /// The MSRs that its KVM has.
+    pub msrs: &'a Available,
+    /// Where its vector registers lie.
+    pub layout: &'a Layout,
 }
 
-/// Reads the complete state.
-///
-/// # Errors
-/// Names the element that KVM does not let be read, or that the neutral state has no place for.
-pub fn get(vcpu: &VcpuFd, scope: Scope<'_>) -> Result<VcpuState, EngineError> {
-    read(vcpu, scope, fpu::Beyond::Refuse)
+impl StateHolder for Holder<'_> {
+    type Error = EngineError;
+
+    fn check(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        self.layout.check(state)?;
+        self.msrs.check(state)
+    }
+
+    fn read(&mut self, element: Element, state: &mut VcpuState) -> Result<(), EngineError> {
+        let vcpu = self.vcpu;
+        match element {
+            Element::System => registers::get_system(vcpu, state)?,
+            Element::General => registers::get_general(vcpu, state)?,
+            Element::Vector => {
+                state.xcr0 = xcr0(vcpu)?;
+                fpu::get(vcpu, self.layout, state)?;
+            }
+            Element::Debug => registers::get_debug(vcpu, state)?,
+            Element::Clock => state.tsc = msrs::read(vcpu, msr::TSC)?.unwrap_or(0),
+            Element::Msr => state.msrs = self.msrs.get(vcpu)?,
+            Element::Interrupts => {
+                state.lapic = lapic::get(vcpu)?;
+                events::get(vcpu, state)?;
+            }
+            Element::Activity => state.mp = mp_state(vcpu)?,
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, element: Element, state: &VcpuState) -> Result<(), EngineError> {
+        let vcpu = self.vcpu;
+        match element {
+            Element::System => registers::set_system(vcpu, state),
+            Element::General => registers::set_general(vcpu, state),
+            Element::Vector => {
+                set_xcr0(vcpu, state.xcr0)?;
+                fpu::set(vcpu, self.layout, state)
+            }
+            Element::Debug => registers::set_debug(vcpu, state),
+            Element::Clock => msrs::write(vcpu, msr::TSC, state.tsc),
+            Element::Msr => self.msrs.set(vcpu, &state.msrs),
+            Element::Interrupts => {
+                lapic::set(vcpu, &state.lapic)?;
+                events::set(vcpu, state)
+            }
+            Element::Activity => set_mp_state(vcpu, state.mp),
+        }
+    }
 }
 
-/// As [`get`], for [`set_executed`] to follow: registers that the neutral state lacks are left
-/// where they are.
-///
-/// # Errors
-/// As [`get`].
-pub fn lend(vcpu: &VcpuFd, scope: Scope<'_>) -> Result<VcpuState, EngineError> {
-    read(vcpu, scope, fpu::Beyond::Keep)
+impl Holder<'_> {
+    /// Takes over what an instruction changed that was executed elsewhere: not the LAPIC, the
+    /// clock, and what other CPUs and devices do to this one meanwhile.
+    ///
+    /// # Errors
+    /// As [`StateHolder::write`].
+    pub fn take_executed(
+        &mut self,
+        before: &VcpuState,
+        after: &VcpuState,
+    ) -> Result<(), EngineError> {
+        let ours = |e: &Element| !matches!(e, Element::Clock | Element::Interrupts);
+        let changed = |e: &Element| !before.same(*e, after);
+        let elements = Element::ALL.into_iter().filter(ours).filter(changed);
+        elements.into_iter().try_for_each(|element| self.write(element, after))?;
+        events::set_executed(self.vcpu, after)
+    }
 }
 
-fn read(vcpu: &VcpuFd, scope: Scope<'_>, beyond: fpu::Beyond) -> Result<VcpuState, EngineError> {
-    // First, because KVM takes a pending INIT or start-up IPI into account on the way.
-    let mut state = VcpuState { mp: mp_state(vcpu)?, ..VcpuState::default() };
-    registers::get(vcpu, &mut state)?;
+fn xcr0(vcpu: &VcpuFd) -> Result<u64, EngineError> {
     let xcrs = vcpu.get_xcrs().map_err(element("read", "XCR0"))?;
     let xcr0 = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|xcr| xcr.xcr == 0);
-    state.xcr0 = xcr0.map_or(1, |xcr| xcr.value);
-    state.fpu = fpu::get(vcpu, beyond)?;
-    state.lapic = lapic::get(vcpu)?;
-    let msrs = scope.reset_msrs.read_again(vcpu)?;
-    state.tsc = msrs.value(msr::TSC).unwrap_or(0);
-    state.lapic.tsc_deadline = msrs.value(msr::TSC_DEADLINE).unwrap_or(0);
-    state.msrs = msrs.neutral();
-    let base = vcpu.get_sregs().map_err(element("read", "the LAPIC's base"))?.apic_base;
-    state.msrs.push(arch::MsrState { index: msr::APIC_BASE, value: base });
-    events::get(vcpu, &mut state)?;
-    Ok(state)
-}
-
-/// Replaces the complete state.
-///
-/// # Errors
-/// Names the element that KVM does not take.
-pub fn set(vcpu: &VcpuFd, state: &VcpuState, scope: Scope<'_>) -> Result<(), EngineError> {
-    registers::set_system(vcpu, state, apic_base(state, scope.index))?;
-    registers::set_general(vcpu, state)?;
-    set_xcr0(vcpu, state.xcr0)?;
-    fpu::set(vcpu, &state.fpu)?;
-    registers::set_debug(vcpu, state)?;
-    lapic::set(vcpu, &state.lapic)?;
-    scope.reset_msrs.write(vcpu, state)?;
-    events::set(vcpu, state)?;
-    set_mp_state(vcpu, state.mp)
-}
-
-/// Replaces what an instruction can change: not the LAPIC, the clocks, and what other CPUs and
-/// devices do to this one meanwhile.
-///
-/// # Errors
-/// As [`set`].
-pub fn set_executed(
-    vcpu: &VcpuFd,
-    before: &VcpuState,
-    after: &VcpuState,
-    scope: Scope<'_>,
-) -> Result<(), EngineError> {
-    let system = |s: &VcpuState| (s.segments, s.gdtr, s.idtr, s.cr0, s.cr2, s.cr3, s.cr4, s.efer);
-    if system(before) != system(after) {
-        registers::set_system(vcpu, after, apic_base(before, scope.index))?;
-    }
-    registers::set_general(vcpu, after)?;
-    if before.xcr0 != after.xcr0 {
-        set_xcr0(vcpu, after.xcr0)?;
-    }
-    if before.fpu != after.fpu {
-        fpu::set_shared(vcpu, &after.fpu)?;
-    }
-    if before.debug != after.debug {
-        registers::set_debug(vcpu, after)?;
-    }
-    scope.reset_msrs.write_changes(vcpu, before, after)?;
-    events::set_executed(vcpu, after)?;
-    if before.mp != after.mp {
-        set_mp_state(vcpu, after.mp)?;
-    }
-    Ok(())
-}
-
-/// The LAPIC's base register of a state, or its value after reset: enabled, and the first vCPU is
-/// the bootstrap processor (Intel SDM 3A 10.4.4).
-fn apic_base(state: &VcpuState, index: u32) -> u64 {
-    let reset = 0xfee0_0800 | if index == 0 { 1 << 8 } else { 0 };
-    let saved = state.msrs.iter().find(|m| m.index == msr::APIC_BASE);
-    saved.map_or(reset, |m| m.value)
+    Ok(xcr0.map_or(1, |xcr| xcr.value))
 }
 
 fn set_xcr0(vcpu: &VcpuFd, value: u64) -> Result<(), EngineError> {

@@ -1,23 +1,31 @@
 //! General, segment, control and debug registers.
 use crate::error::{element, refused};
-use arch::{DescriptorTable, Segment, VcpuState};
+use arch::{DescriptorTable, Element, Segment, VcpuState};
 use engine::EngineError;
 use kvm_bindings::{kvm_debugregs, kvm_dtable, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
-/// Reads all of them.
+/// Reads general registers, RIP and RFLAGS.
 ///
 /// # Errors
-/// Names what KVM does not let be read.
-pub fn get(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
-    let r = vcpu.get_regs().map_err(element("read", "the general registers"))?;
+/// KVM does not let them be read.
+pub fn get_general(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
+    let r = vcpu.get_regs().map_err(element("read", Element::General.name()))?;
     state.gpr = [
         r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12,
         r.r13, r.r14, r.r15,
     ];
     state.rip = r.rip;
     state.rflags = r.rflags;
-    let s = vcpu.get_sregs().map_err(element("read", "the control and segment registers"))?;
+    Ok(())
+}
+
+/// Reads segment and control registers, descriptor tables and EFER.
+///
+/// # Errors
+/// KVM does not let them be read.
+pub fn get_system(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
+    let s = vcpu.get_sregs().map_err(element("read", Element::System.name()))?;
     state.segments.regs = [s.es, s.cs, s.ss, s.ds, s.fs, s.gs].map(|s| from_kvm(&s));
     state.segments.ldtr = from_kvm(&s.ldt);
     state.segments.tr = from_kvm(&s.tr);
@@ -25,7 +33,15 @@ pub fn get(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
     state.idtr = DescriptorTable { base: s.idt.base, limit: s.idt.limit };
     (state.cr0, state.cr2, state.cr3, state.cr4) = (s.cr0, s.cr2, s.cr3, s.cr4);
     state.efer = s.efer;
-    let d = vcpu.get_debug_regs().map_err(element("read", "the debug registers"))?;
+    Ok(())
+}
+
+/// Reads the debug registers.
+///
+/// # Errors
+/// KVM does not let them be read.
+pub fn get_debug(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
+    let d = vcpu.get_debug_regs().map_err(element("read", Element::Debug.name()))?;
     let [a0, a1, a2, a3] = d.db;
     state.debug = [a0, a1, a2, a3, d.dr6, d.dr7];
     Ok(())
@@ -57,15 +73,15 @@ pub fn set_general(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), EngineError> 
         rip: state.rip,
         rflags: state.rflags,
     };
-    vcpu.set_regs(&regs).map_err(element("set", "the general registers"))
+    vcpu.set_regs(&regs).map_err(element("set", Element::General.name()))
 }
 
-/// Sets segment and control registers, descriptor tables, EFER, CR8 and the LAPIC's base.
+/// Sets segment and control registers, descriptor tables and EFER.
 ///
 /// # Errors
 /// KVM does not take them; the message shows those that modes depend on.
-pub fn set_system(vcpu: &VcpuFd, state: &VcpuState, apic_base: u64) -> Result<(), EngineError> {
-    let mut s = vcpu.get_sregs().map_err(element("read", "the control and segment registers"))?;
+pub fn set_system(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), EngineError> {
+    let mut s = vcpu.get_sregs().map_err(element("read", Element::System.name()))?;
     let [es, cs, ss, ds, fs, gs] = state.segments.regs.map(|s| to_kvm(&s));
     (s.es, s.cs, s.ss, s.ds, s.fs, s.gs) = (es, cs, ss, ds, fs, gs);
     s.ldt = to_kvm(&state.segments.ldtr);
@@ -74,11 +90,9 @@ pub fn set_system(vcpu: &VcpuFd, state: &VcpuState, apic_base: u64) -> Result<()
     s.idt = table(state.idtr);
     (s.cr0, s.cr2, s.cr3, s.cr4) = (state.cr0, state.cr2, state.cr3, state.cr4);
     s.efer = state.efer;
-    s.apic_base = apic_base;
     s.interrupt_bitmap = [0; 4];
     vcpu.set_sregs(&s).map_err(refused(format!(
-        "KVM does not take the control registers CR0 {:#x}, CR4 {:#x}, EFER {:#x} (and LAPIC base \
-         {apic_base:#x}); the state may use a CPU feature that this host's KVM lacks",
+        "KVM does not take the control registers CR0 {:#x}, CR4 {:#x}, EFER {:#x}; the state may use a CPU feature that this host's KVM lacks",
         state.cr0, state.cr4, state.efer
     )))
 }
@@ -90,7 +104,7 @@ pub fn set_system(vcpu: &VcpuFd, state: &VcpuState, apic_base: u64) -> Result<()
 pub fn set_debug(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), EngineError> {
     let [a0, a1, a2, a3, dr6, dr7] = state.debug;
     let registers = kvm_debugregs { db: [a0, a1, a2, a3], dr6, dr7, ..Default::default() };
-    vcpu.set_debug_regs(&registers).map_err(element("set", "the debug registers"))
+    vcpu.set_debug_regs(&registers).map_err(element("set", Element::Debug.name()))
 }
 
 fn table(t: DescriptorTable) -> kvm_dtable {
