@@ -25,3 +25,4 @@ pub mod rng;
 pub mod sweep;
 pub mod under_test;
 pub mod values;
+pub mod whole_state;

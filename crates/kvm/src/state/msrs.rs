@@ -43,17 +43,33 @@ impl Available {
     /// Sets the registers.
     ///
     /// # Errors
-    /// Names the register whose value KVM does not take.
+    /// Names the register whose value KVM does not take, or does not keep: KVM without hardware
+    /// behind it says that it took some that it drops.
     pub fn set(&self, vcpu: &VcpuFd, msrs: &Msrs) -> Result<(), EngineError> {
-        let changes: Vec<_> = self
-            .now(vcpu)?
-            .into_iter()
-            .filter_map(|now| {
-                let data = msrs.get(now.index)?;
-                (data != now.data).then_some(kvm_msr_entry { data, ..now })
-            })
-            .collect();
-        write_list(vcpu, &changes)
+        let changes = self.changes(vcpu, msrs)?;
+        if changes.is_empty() {
+            return Ok(());
+        }
+        write_list(vcpu, &changes)?;
+        match self.changes(vcpu, msrs)?.first() {
+            None => Ok(()),
+            Some(entry) => Err(EngineError::Unsupported(format!(
+                "this host's KVM does not keep the value {:#x} of {}",
+                entry.data,
+                name(entry.index)
+            ))),
+        }
+    }
+
+    /// The registers that do not have their values in `msrs`, with these.
+    fn changes(&self, vcpu: &VcpuFd, msrs: &Msrs) -> Result<Vec<kvm_msr_entry>, EngineError> {
+        let mut list = self.now(vcpu)?;
+        list.retain_mut(|entry| {
+            let now = entry.data;
+            entry.data = msrs.get(entry.index).unwrap_or(now);
+            entry.data != now
+        });
+        Ok(list)
     }
 
     /// Whether KVM has all registers that a state uses.
@@ -117,9 +133,6 @@ fn read_list(vcpu: &VcpuFd, entries: &mut [kvm_msr_entry]) -> Result<usize, Engi
 }
 
 fn write_list(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), EngineError> {
-    if entries.is_empty() {
-        return Ok(());
-    }
     let list = kvm_list(entries)?;
     let done = vcpu.set_msrs(&list).map_err(element("set", Element::Msr.name()))?;
     match entries.get(done) {
