@@ -22,10 +22,25 @@ fn standard_output_is_exactly_what_the_guest_sent() {
     let files = Files::new();
     let every_byte: Vec<u8> = (1..=255).collect();
     let kernel = files.kernel(&prints_and_exits(&every_byte, 0x10));
-    let output = output(&["run", "--kernel", kernel.to_str().unwrap(), "--debug-exit"]);
+    let kernel = kernel.to_str().unwrap();
+    let output = output(&["run", "--kernel", kernel, "--debug-exit", "--engine", "soft"]);
     assert_eq!(output.status.code(), Some(0x21), "{}", messages(&output));
     assert_eq!(output.stdout, every_byte);
     assert!(output.stderr.is_empty(), "{}", messages(&output));
+}
+
+#[test]
+fn where_kvm_is_not_used_unasked_one_line_says_why() {
+    let files = Files::new();
+    let kernel = files.kernel(&prints_and_exits(b"", 0));
+    let output = output(&["run", "--kernel", kernel.to_str().unwrap(), "--debug-exit"]);
+    let said = messages(&output);
+    if vmm::HostKvm::probe().is_hardware_backed() {
+        assert_eq!(said, "");
+    } else {
+        assert!(said.starts_with("bv: using the soft engine: "), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
 }
 
 #[test]
@@ -85,7 +100,7 @@ fn a_triple_fault_prints_the_registers_and_fails_where_it_shall_not_reboot() {
 
 #[test]
 fn hello_says_what_it_found_echoes_what_is_typed_and_switches_off() {
-    let mut command = bv(&["run", "hello", "--memory", "64MiB", "--cpus", "2"]);
+    let mut command = bv(&["run", "hello", "--memory", "64MiB", "--cpus", "2", "--engine", "soft"]);
     let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"how are you\npoweroff\n").unwrap();
     let output = child.wait_with_output().unwrap();

@@ -20,8 +20,8 @@ pub enum EngineChoice {
 pub struct Selection {
     /// The engine.
     pub engine: Box<dyn Engine>,
-    /// Where [`EngineChoice::Auto`] could not use the KVM that this host's hardware can back: why,
-    /// and what to do, in one line.
+    /// Where [`EngineChoice::Auto`] could not use a KVM that the hardware backs: why, and what to
+    /// do, in one line.
     pub fallback: Option<String>,
 }
 
@@ -46,7 +46,7 @@ fn companion() -> Result<Arc<dyn Engine>, EngineError> {
     Ok(Arc::new(SoftEngine::new()?))
 }
 
-/// What is best on a host, and why it is not KVM where it could be.
+/// What is best on a host, and in one line why it is not KVM where it is not.
 ///
 /// A `/dev/kvm` without VMX or SVM in the CPU's flags (KVM on PVM) emulates the code of guest
 /// kernels, slowly and not completely: to prefer the software engine there is no loss.
@@ -54,14 +54,16 @@ pub fn automatic(host: &HostKvm) -> (EngineChoice, Option<String>) {
     if host.is_hardware_backed() {
         return (EngineChoice::Kvm, None);
     }
-    let fallback = match (host.virtualisation, &host.access) {
-        (Virtualisation::None, _) | (_, Access::Usable) => None,
+    let why = match (host.virtualisation, &host.access) {
+        (Virtualisation::None, _) => {
+            "this machine shows no hardware virtualisation (`bv doctor` says more)".into()
+        }
         (_, access) => {
             let fix = access.fix(DEVICE_PATH).map_or_else(String::new, |fix| format!("; {fix}"));
-            Some(format!("using the soft engine: {}{fix}", access.fact(DEVICE_PATH)))
+            format!("{}{fix}", access.fact(DEVICE_PATH))
         }
     };
-    (EngineChoice::Soft, fallback)
+    (EngineChoice::Soft, Some(format!("using the soft engine: {why}")))
 }
 
 #[cfg(test)]
@@ -77,8 +79,12 @@ mod tests {
         let kvm = (EngineChoice::Kvm, None);
         assert_eq!(choice(Access::Usable, Virtualisation::Svm), kvm);
         assert_eq!(choice(Access::Usable, Virtualisation::Vmx), kvm);
-        assert_eq!(choice(Access::Usable, Virtualisation::None), (EngineChoice::Soft, None));
-        assert_eq!(choice(Access::Absent, Virtualisation::None), (EngineChoice::Soft, None));
+        for access in [Access::Usable, Access::Absent] {
+            let (engine, line) = choice(access, Virtualisation::None);
+            let line = line.unwrap_or_default();
+            assert_eq!(engine, EngineChoice::Soft);
+            assert!(line.contains("no hardware virtualisation"), "{line}");
+        }
     }
 
     #[test]
