@@ -113,6 +113,23 @@ pub trait Vcpu: Send {
     /// # Errors
     /// Fails, and names the element, where the engine cannot hold one.
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError>;
+
+    /// The power to run single instructions, where the engine has it.
+    fn stepper(&mut self) -> Option<&mut dyn Step> {
+        None
+    }
+}
+
+/// A vCPU that can run single instructions. It is an optional power: see [`Vcpu::stepper`].
+pub trait Step {
+    /// Runs one instruction, with the exception that it raises: where it faults, the vCPU stands
+    /// at the handler's first instruction afterwards. An event that waits to be delivered is
+    /// delivered instead, a repeated string instruction runs one round, and a vCPU that sleeps
+    /// goes on sleeping. `Some` says that the vCPU stopped, as from [`Vcpu::run`].
+    ///
+    /// # Errors
+    /// Fails when the engine itself cannot go on; the VM is then lost.
+    fn step(&mut self, io: &dyn VcpuIo) -> Result<Option<Halt>, EngineError>;
 }
 
 /// Makes a running or halted vCPU return to its caller.

@@ -86,7 +86,11 @@ impl KvmVcpu {
             match self.enter(io, presence)? {
                 Next::Enter => {}
                 Next::Stop(halt) => return Ok(halt),
-                Next::Complete => self.complete(io)?,
+                Next::Complete => {
+                    if let Some(halt) = self.complete(io)? {
+                        return Ok(halt);
+                    }
+                }
             }
         }
     }
@@ -168,7 +172,7 @@ impl KvmVcpu {
     }
 
     /// Has the instruction that KVM does not know executed by the companion engine.
-    fn complete(&mut self, io: &dyn VcpuIo) -> Result<(), EngineError> {
+    fn complete(&mut self, io: &dyn VcpuIo) -> Result<Option<Halt>, EngineError> {
         let completer = match &mut self.completer {
             Some(completer) => completer,
             none => none.insert(self.shared.completer()?),

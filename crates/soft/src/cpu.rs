@@ -198,6 +198,8 @@ pub struct Cpu {
     pub triple_fault: bool,
     /// The present instruction ended in an exception.
     pub faulted: bool,
+    /// One instruction at a time is asked for, without the guest's knowledge.
+    pub stepping: bool,
     /// The next block is to be one without groups.
     pub plain: bool,
     /// Base of CS for which links and jump caches were filled.
@@ -271,7 +273,8 @@ impl Cpu {
         let mut set = |on: bool, bit: u32| bits |= if on { bit } else { 0 };
         set(self.segments[SegmentName::Ss as usize].db(), Mode::STACK32);
         set(self.rflags & rflags::DF != 0, Mode::DOWN);
-        let step = self.rflags & rflags::TF != 0
+        let step = self.stepping
+            || self.rflags & rflags::TF != 0
             || self.execution_breakpoints()
             || self.data_breakpoints();
         set(step, Mode::STEP);

@@ -71,6 +71,26 @@ pub struct Thread {
 /// # Errors
 /// The engine cannot go on.
 pub fn run(cpu: &mut Cpu, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
+    on_this_thread(cpu, io, cycle)
+}
+
+/// Runs one instruction, or delivers one event.
+///
+/// # Errors
+/// The engine cannot go on.
+pub fn step(cpu: &mut Cpu, io: &dyn VcpuIo) -> Result<Option<Halt>, EngineError> {
+    cpu.stepping = true;
+    let result = on_this_thread(cpu, io, one);
+    cpu.stepping = false;
+    result
+}
+
+/// Does something while this thread's signals belong to the vCPU.
+fn on_this_thread<T>(
+    cpu: &mut Cpu,
+    io: &dyn VcpuIo,
+    work: impl FnOnce(&mut Cpu) -> Result<T, EngineError>,
+) -> Result<T, EngineError> {
     let thread = Thread { _stack: AltStack::install(), timer: HostTimer::new()? };
     // SAFETY: only the lifetime is changed; `io` is cleared again below, before `io` the
     // reference ends.
@@ -83,7 +103,7 @@ pub fn run(cpu: &mut Cpu, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
     fpu::x87_from_area(cpu);
     cpu.update_mode();
     cpu.timer_changed();
-    let result = cycle(cpu);
+    let result = work(cpu);
     fpu::x87_to_area(cpu);
     fpu::reset_host_x87();
     signals::unbind();
@@ -92,14 +112,31 @@ pub fn run(cpu: &mut Cpu, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
     result
 }
 
+/// What ended the guest while it ran.
+fn end(cpu: &mut Cpu) -> Result<Option<Halt>, EngineError> {
+    if let Some(defect) = cpu.defect.take() {
+        return Err(EngineError::Defect(defect));
+    }
+    Ok(std::mem::take(&mut cpu.triple_fault).then_some(Halt::TripleFault))
+}
+
+fn one(cpu: &mut Cpu) -> Result<Option<Halt>, EngineError> {
+    if cpu.attend() {
+        return Ok(Some(Halt::Kicked));
+    }
+    if cpu.lapic.mp == MpState::Halted && events::can_wake(cpu) {
+        cpu.lapic.mp = MpState::Running;
+    }
+    if cpu.lapic.mp == MpState::Running && !events::take_event(cpu) {
+        single(cpu)?;
+    }
+    end(cpu)
+}
+
 fn cycle(cpu: &mut Cpu) -> Result<Halt, EngineError> {
     loop {
-        if let Some(defect) = cpu.defect.take() {
-            return Err(EngineError::Defect(defect));
-        }
-        if cpu.triple_fault {
-            cpu.triple_fault = false;
-            return Ok(Halt::TripleFault);
+        if let Some(halt) = end(cpu)? {
+            return Ok(halt);
         }
         if cpu.attend() {
             return Ok(Halt::Kicked);

@@ -10,7 +10,7 @@ use crate::vm::{VmShared, pending};
 use crate::{events, run, thunks};
 use arch::VcpuState;
 use arch::registers::gpr::RDX;
-use engine::{EngineError, Halt, Kick, Vcpu, VcpuIo};
+use engine::{EngineError, Halt, Kick, Step, Vcpu, VcpuIo};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -146,5 +146,15 @@ impl Vcpu for SoftVcpu {
         cpu.flush_tlb();
         cpu.update_mode();
         Ok(())
+    }
+
+    fn stepper(&mut self) -> Option<&mut dyn Step> {
+        Some(self)
+    }
+}
+
+impl Step for SoftVcpu {
+    fn step(&mut self, io: &dyn VcpuIo) -> Result<Option<Halt>, EngineError> {
+        run::step(self.cpu(), io)
     }
 }

@@ -110,18 +110,6 @@ pub fn set_executed(vcpu: &VcpuFd, after: &VcpuState) -> Result<(), EngineError>
     vcpu.set_vcpu_events(&events).map_err(element("set", Element::Interrupts.name()))
 }
 
-/// Has an exception delivered when the vCPU next runs.
-///
-/// # Errors
-/// KVM does not take it.
-pub fn inject(vcpu: &VcpuFd, number: u8) -> Result<(), EngineError> {
-    let mut events = read(vcpu)?;
-    events.exception.nr = number;
-    events.exception.injected = 1;
-    events.flags = 0;
-    vcpu.set_vcpu_events(&events).map_err(element("set", Element::Interrupts.name()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

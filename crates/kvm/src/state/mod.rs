@@ -10,7 +10,6 @@ mod lapic;
 mod msrs;
 mod registers;
 
-pub use events::inject;
 pub use fpu::Layout;
 pub use msrs::Available;
 
