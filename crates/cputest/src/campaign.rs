@@ -1,6 +1,7 @@
 //! Fuzzing in child processes, so that an engine that crashes is reported with its seed and the
 //! work goes on.
 use crate::fuzz::Fuzzer;
+use crate::under_test::EngineUnderTest;
 use engine::Halt;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::Path;
@@ -23,9 +24,13 @@ pub struct Findings {
 ///
 /// # Errors
 /// Fails where the engine cannot make a VM or the parent is gone.
-pub fn child(first: u64, time: Duration) -> Result<(), Box<dyn std::error::Error>> {
+pub fn child(
+    engine: EngineUnderTest,
+    first: u64,
+    time: Duration,
+) -> Result<(), Box<dyn std::error::Error>> {
     let end = Instant::now() + time;
-    let mut fuzzer = Fuzzer::new()?;
+    let mut fuzzer = Fuzzer::new(engine)?;
     let mut out = io::stdout().lock();
     let mut seed = first;
     while Instant::now() < end {
@@ -50,7 +55,13 @@ pub fn child(first: u64, time: Duration) -> Result<(), Box<dyn std::error::Error
 ///
 /// # Errors
 /// Fails where a child cannot be started.
-pub fn parent(program: &Path, seed: u64, time: Duration, limit: usize) -> io::Result<Findings> {
+pub fn parent(
+    program: &Path,
+    engine: EngineUnderTest,
+    seed: u64,
+    time: Duration,
+    limit: usize,
+) -> io::Result<Findings> {
     let end = Instant::now() + time;
     let mut findings = Findings::default();
     let mut first = seed;
@@ -60,7 +71,7 @@ pub fn parent(program: &Path, seed: u64, time: Duration, limit: usize) -> io::Re
             break;
         }
         let mut child = Command::new(program)
-            .args(["--child", &first.to_string(), &left.as_millis().to_string()])
+            .args(["--child", engine.name(), &first.to_string(), &left.as_millis().to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()?;

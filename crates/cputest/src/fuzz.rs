@@ -8,7 +8,7 @@ use crate::forms::exclusion;
 use crate::layout::{PageTables, Paging, descriptor, gate32, gate64, page, write, write_u64};
 use crate::machine::{Recorder, Watchdog};
 use crate::rng::Rng;
-use crate::under_test::engine_under_test;
+use crate::under_test::EngineUnderTest;
 use crate::values::random_case;
 use arch::registers::{cr0, cr4, efer, gpr, rflags};
 use arch::{DescriptorTable, GuestPhysical, Segment, SegmentName, VcpuState};
@@ -105,8 +105,8 @@ impl Fuzzer {
     ///
     /// # Errors
     /// Fails where the engine or the host's memory does.
-    pub fn new() -> Result<Self, EngineError> {
-        let engine = engine_under_test()?;
+    pub fn new(engine: EngineUnderTest) -> Result<Self, EngineError> {
+        let engine = engine.make()?;
         let (memory, red_zone) = crate::redzone::guarded_memory(RAM)?;
         let memory = Arc::new(memory);
         let config = VmConfig {

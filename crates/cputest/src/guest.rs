@@ -10,7 +10,7 @@ use crate::layout::{
     PageTables, Paging, descriptor, gate64, page, read, read_u64, write, write_u64,
 };
 use crate::machine::{Recorder, Watchdog, make_vm};
-use crate::under_test::precise_engine;
+use crate::under_test::EngineUnderTest;
 use arch::registers::{cr0, cr4, efer, gpr, rflags};
 use arch::{DescriptorTable, FpuState, GuestPhysical, Segment, SegmentName, VcpuState};
 use engine::{EngineError, GuestMemory, Halt, Kick, Vcpu, VcpuIo, Vm};
@@ -85,8 +85,8 @@ impl GuestCpu {
     ///
     /// # Errors
     /// Fails where the engine does.
-    pub fn new() -> Result<Self, EngineError> {
-        let (vm, memory) = make_vm(precise_engine()?.as_ref(), 2 << 20, 1)?;
+    pub fn new(engine: EngineUnderTest) -> Result<Self, EngineError> {
+        let (vm, memory) = make_vm(engine.make_precise()?.as_ref(), 2 << 20, 1)?;
         let mut vcpu = vm.create_vcpu(0)?;
         let mut tables = PageTables::new(Paging::Four, TABLES);
         tables.map_large(&memory, KERNEL, 0, page::P | page::W);

@@ -3,7 +3,8 @@
 //! - *The CPU against the CPU* ([`sweep`]): every instruction form runs natively ([`native`]) and
 //!   in a guest ([`guest`]), and all that a program can see must be equal.
 //! - *Micro-tests* (`tests/`): small guests made with [`machine`] and [`layout`] for what only a
-//!   whole machine shows.
+//!   whole machine shows, on each engine ([`on_each_engine!`]). [`limits`] names those that this
+//!   host's KVM cannot pass.
 // All of this crate is test code: a failed expectation is a failed test.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -17,6 +18,7 @@ pub mod fuzz;
 pub mod generate;
 pub mod guest;
 pub mod layout;
+pub mod limits;
 pub mod machine;
 pub mod micro;
 pub mod native;

@@ -6,7 +6,7 @@
 //! port [`SAY`] and ends at port [`crate::machine::DONE`].
 use crate::layout::{PageTables, Paging, descriptor, gate32, gate64, page, read, write, write_u64};
 use crate::machine::{Access, DONE, Recorder, Watchdog, make_vm};
-use crate::under_test::engine_under_test;
+use crate::under_test::EngineUnderTest;
 use arch::registers::{cr0, cr4, efer, gpr, rflags};
 use arch::{DescriptorTable, Segment, SegmentName, VcpuState};
 use engine::{EngineError, GuestMemory, Halt, Vcpu, Vm};
@@ -203,16 +203,20 @@ pub fn assemble(
 
 impl Guest {
     /// A machine with one vCPU.
-    pub fn new(mode: Mode) -> Self {
-        Self::with_vcpus(mode, 1).expect("the engine makes a VM")
+    pub fn new(engine: EngineUnderTest, mode: Mode) -> Self {
+        Self::with_vcpus(engine, mode, 1).expect("the engine makes a VM")
     }
 
     /// A machine.
     ///
     /// # Errors
     /// Fails where the engine does.
-    pub fn with_vcpus(mode: Mode, count: u32) -> Result<Self, EngineError> {
-        let (vm, memory) = make_vm(engine_under_test()?.as_ref(), at::RAM, count)?;
+    pub fn with_vcpus(
+        engine: EngineUnderTest,
+        mode: Mode,
+        count: u32,
+    ) -> Result<Self, EngineError> {
+        let (vm, memory) = make_vm(engine.make()?.as_ref(), at::RAM, count)?;
         let mut vcpus = (0..count).map(|n| vm.create_vcpu(n)).collect::<Result<Vec<_>, _>>()?;
         let io = Arc::new(Recorder::default());
         let kickers: Vec<_> = vcpus.iter().map(|v| v.kicker()).collect();

@@ -6,6 +6,7 @@ use crate::generate::generate;
 use crate::guest::GuestCpu;
 use crate::native::{BATCH, NativeCpu};
 use crate::rng::Rng;
+use crate::under_test::EngineUnderTest;
 use iced_x86::Code;
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -54,7 +55,7 @@ pub fn compare_forms(
     seed: u64,
 ) -> Result<Report, Box<dyn Error>> {
     let mut native = NativeCpu::start()?;
-    let mut guest = GuestCpu::new()?;
+    let mut guest = GuestCpu::new(EngineUnderTest::Soft)?;
     let mut report = Report::default();
     let trace = std::env::var_os("CPUTEST_TRACE").is_some();
     for &code in forms {

@@ -6,13 +6,13 @@ use arch::registers::gpr;
 use cputest::layout::{read, read_u32, write};
 use cputest::machine::Recorder;
 use cputest::micro::{Guest, Mode, Stop, at, done, say};
+use cputest::on_each_engine;
 use engine::Halt;
 use iced_x86::code_asm::*;
 use std::thread;
 
-#[test]
-fn a_kick_before_a_run_ends_that_run_and_only_that_one() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_kick_before_a_run_ends_that_run_and_only_that_one, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.code(at::CODE, |a| {
         let mut again = a.create_label();
         a.mov(eax, 1)?;
@@ -37,11 +37,10 @@ fn a_kick_before_a_run_ends_that_run_and_only_that_one() {
         });
         assert_eq!(vcpu.run(io.as_ref()).unwrap(), Halt::Kicked);
     });
-}
+});
 
-#[test]
-fn a_kick_ends_a_guest_that_halted_for_ever() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_kick_ends_a_guest_that_halted_for_ever, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.code(at::CODE, |a| {
         say(a)?;
         a.cli()?;
@@ -61,68 +60,70 @@ fn a_kick_ends_a_guest_that_halted_for_ever() {
         });
         assert_eq!(vcpu.run(io.as_ref()).unwrap(), Halt::Kicked);
     });
-}
+});
 
-#[test]
-fn a_guest_kicked_anywhere_goes_on_in_another_vm_as_if_nothing_had_happened() {
-    const ROUNDS: u32 = 300_000;
-    let make = || {
-        let guest = Guest::new(Mode::LONG);
-        guest.code(at::CODE, |a| {
-            let mut again = a.create_label();
-            a.mov(ecx, ROUNDS)?;
-            a.mov(ebx, 1)?;
-            a.set_label(&mut again)?;
-            a.imul_3(ebx, ebx, 0x0101_0101)?;
-            a.add(ebx, ecx)?;
-            a.rol(ebx, 5)?;
-            a.adc(dword_ptr(at::DATA), ebx)?;
-            a.movd(xmm3, ebx)?;
-            a.paddd(xmm2, xmm3)?;
-            a.dec(ecx)?;
-            a.jne(again)?;
-            a.mov(eax, dword_ptr(at::DATA))?;
-            say(a)?;
-            a.movd(eax, xmm2)?;
-            say(a)?;
-            done(a)
-        });
-        guest
-    };
-    let expected = make().run().done().to_vec();
-    let mut guest = make();
-    let mut moves = 0;
-    loop {
-        let (state, io) = (guest.state.clone(), guest.io.clone());
-        let vcpu = &mut guest.vcpus[0];
-        vcpu.set_state(&state).unwrap();
-        let kicker = vcpu.kicker();
-        let running = thread::scope(|scope| {
-            scope.spawn(|| {
-                thread::yield_now();
-                kicker.kick();
+on_each_engine!(
+    a_guest_kicked_anywhere_goes_on_in_another_vm_as_if_nothing_had_happened,
+    |engine| {
+        let rounds = engine.rounds(300_000);
+        let make = || {
+            let guest = Guest::new(engine, Mode::LONG);
+            guest.code(at::CODE, |a| {
+                let mut again = a.create_label();
+                a.mov(ecx, rounds)?;
+                a.mov(ebx, 1)?;
+                a.set_label(&mut again)?;
+                a.imul_3(ebx, ebx, 0x0101_0101)?;
+                a.add(ebx, ecx)?;
+                a.rol(ebx, 5)?;
+                a.adc(dword_ptr(at::DATA), ebx)?;
+                a.movd(xmm3, ebx)?;
+                a.paddd(xmm2, xmm3)?;
+                a.dec(ecx)?;
+                a.jne(again)?;
+                a.mov(eax, dword_ptr(at::DATA))?;
+                say(a)?;
+                a.movd(eax, xmm2)?;
+                say(a)?;
+                done(a)
             });
-            vcpu.run(io.as_ref()).unwrap();
-            io.out(cputest::micro::SAY.into())
-        });
-        let state = guest.vcpus[0].state().unwrap();
-        if moves == 20 || !running.is_empty() || state.gpr[gpr::RCX] < 10 {
+            guest
+        };
+        let expected = make().run().done().to_vec();
+        let mut guest = make();
+        let mut moves = 0;
+        loop {
+            let (state, io) = (guest.state.clone(), guest.io.clone());
+            let vcpu = &mut guest.vcpus[0];
+            vcpu.set_state(&state).unwrap();
+            let kicker = vcpu.kicker();
+            let running = thread::scope(|scope| {
+                scope.spawn(|| {
+                    thread::yield_now();
+                    kicker.kick();
+                });
+                vcpu.run(io.as_ref()).unwrap();
+                io.out(cputest::micro::SAY.into())
+            });
+            let state = guest.vcpus[0].state().unwrap();
+            if moves == 20 || !running.is_empty() || state.gpr[gpr::RCX] < 10 {
+                guest.state = state;
+                break;
+            }
+            // A new VM takes over memory and state.
+            let next = make();
+            let mut memory = vec![0; at::RAM as usize];
+            read(&guest.memory, 0, &mut memory);
+            write(&next.memory, 0, &memory);
+            guest = next;
             guest.state = state;
-            break;
+            moves += 1;
         }
-        // A new VM takes over memory and state.
-        let next = make();
-        let mut memory = vec![0; at::RAM as usize];
-        read(&guest.memory, 0, &mut memory);
-        write(&next.memory, 0, &memory);
-        guest = next;
-        guest.state = state;
-        moves += 1;
+        let said = guest.io.out(cputest::micro::SAY.into());
+        let result = if said.len() == expected.len() { said } else { finish(&mut guest, said) };
+        assert_eq!(result, expected, "after {moves} moves");
     }
-    let said = guest.io.out(cputest::micro::SAY.into());
-    let result = if said.len() == expected.len() { said } else { finish(&mut guest, said) };
-    assert_eq!(result, expected, "after {moves} moves");
-}
+);
 
 /// Runs to the end and adds what the guest says to what it said before.
 fn finish(guest: &mut Guest, mut said: Vec<u32>) -> Vec<u32> {
@@ -132,9 +133,37 @@ fn finish(guest: &mut Guest, mut said: Vec<u32>) -> Vec<u32> {
     said
 }
 
-#[test]
-fn a_vcpu_waiting_for_its_start_up_ipi_runs_nothing() {
-    let mut guest = Guest::with_vcpus(Mode::LONG, 2).unwrap();
+on_each_engine!(a_step_runs_one_instruction_or_up_to_the_handler_of_its_exception, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
+    guest.handler(0, 0x9000, 0);
+    guest.code(at::CODE, |a| {
+        a.mov(ecx, 2)?; // 5 bytes
+        a.mov(edi, at::DATA as u32)?; // 5 bytes
+        a.rep().stosb()?; // 2 bytes, a step for each round and one that ends it at the latest
+        a.div(ecx) // by zero
+    });
+    let (state, io) = (guest.state.clone(), guest.io.clone());
+    let vcpu = &mut guest.vcpus[0];
+    vcpu.set_state(&state).unwrap();
+    let mut places = Vec::new();
+    for _ in 0..4 {
+        // An optional power.
+        let Some(stepper) = vcpu.stepper() else { return };
+        assert_eq!(stepper.step(io.as_ref()).unwrap(), None);
+        let state = vcpu.state().unwrap();
+        places.push((state.rip - at::CODE, state.gpr[gpr::RCX]));
+    }
+    assert_eq!(places, [(5, 2), (10, 2), (10, 1), (12, 0)]);
+    vcpu.stepper().unwrap().step(io.as_ref()).unwrap();
+    assert_eq!(vcpu.state().unwrap().rip, 0x9000);
+    // A kick is for the next step too, and does not let it happen.
+    vcpu.kicker().kick();
+    assert_eq!(vcpu.stepper().unwrap().step(io.as_ref()).unwrap(), Some(Halt::Kicked));
+    assert_eq!(vcpu.state().unwrap().rip, 0x9000);
+});
+
+on_each_engine!(a_vcpu_waiting_for_its_start_up_ipi_runs_nothing, |engine| {
+    let mut guest = Guest::with_vcpus(engine, Mode::LONG, 2).unwrap();
     guest.code_of(16, 0, |a| a.ud2());
     let kicker = guest.vcpus[1].kicker();
     kicker.kick();
@@ -143,4 +172,4 @@ fn a_vcpu_waiting_for_its_start_up_ipi_runs_nothing() {
     assert!(io.log().is_empty());
     assert_eq!(guest.vcpus[1].state().unwrap().mp, arch::MpState::WaitForSipi);
     assert_eq!(read_u32(&guest.memory, 0) & 0xffff, 0x0b0f);
-}
+});

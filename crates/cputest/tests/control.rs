@@ -5,6 +5,7 @@ use cputest::layout::{
     PageTables, Paging, descriptor, gate32, gate64, page, read_u32, write, write_u64,
 };
 use cputest::micro::{Guest, Mode, at, done, say, sel};
+use cputest::on_each_engine;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -26,9 +27,8 @@ fn say_number(a: &mut CodeAssembler, n: u32) -> Result<(), IcedError> {
     say(a)
 }
 
-#[test]
-fn a_cpu_goes_from_real_mode_through_all_modes_and_back() {
-    let mut guest = Guest::new(Mode::Real);
+on_each_engine!(a_cpu_goes_from_real_mode_through_all_modes_and_back, |engine| {
+    let mut guest = Guest::new(engine, Mode::Real);
     let memory = guest.memory.clone();
     let mut pae = PageTables::new(Paging::Pae, 0x20_0000);
     let mut long = PageTables::new(Paging::Four, 0x28_0000);
@@ -129,32 +129,33 @@ fn a_cpu_goes_from_real_mode_through_all_modes_and_back() {
         done(a)
     });
     assert_eq!(guest.run().done(), [1, 2, 3, 4, efer::LMA as u32, 5, 6, 5, 7, 0, 9]);
-}
+});
 
-#[test]
-fn real_mode_code_reaches_high_memory_with_segments_loaded_in_protected_mode() {
-    let mut guest = Guest::new(Mode::Real);
-    write(&guest.memory, 0x30_0000, &77u32.to_le_bytes());
-    guest.code(at::CODE, |a| {
-        a.mov(eax, cr0)?;
-        a.or(al, 1)?;
-        a.mov(cr0, eax)?;
-        a.mov(bx, u32::from(sel::DATA))?;
-        a.mov(ds, bx)?;
-        a.and(al, 0xfeu32)?;
-        a.mov(cr0, eax)?;
-        a.mov(ebx, 0x30_0000)?;
-        a.mov(eax, dword_ptr(ebx))?;
-        say(a)?;
-        done(a)
-    });
-    assert_eq!(guest.run().done(), [77]);
-}
+on_each_engine!(
+    real_mode_code_reaches_high_memory_with_segments_loaded_in_protected_mode,
+    |engine| {
+        let mut guest = Guest::new(engine, Mode::Real);
+        write(&guest.memory, 0x30_0000, &77u32.to_le_bytes());
+        guest.code(at::CODE, |a| {
+            a.mov(eax, cr0)?;
+            a.or(al, 1)?;
+            a.mov(cr0, eax)?;
+            a.mov(bx, u32::from(sel::DATA))?;
+            a.mov(ds, bx)?;
+            a.and(al, 0xfeu32)?;
+            a.mov(cr0, eax)?;
+            a.mov(ebx, 0x30_0000)?;
+            a.mov(eax, dword_ptr(ebx))?;
+            say(a)?;
+            done(a)
+        });
+        assert_eq!(guest.run().done(), [77]);
+    }
+);
 
-#[test]
-fn interrupt_gates_clear_if_and_trap_gates_keep_it() {
+on_each_engine!(interrupt_gates_clear_if_and_trap_gates_keep_it, |engine| {
     for (kind, expected) in [(14, 0), (15, rflags::IF)] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         guest.state.rflags |= rflags::IF;
         guest.gate64(0x50, gate64(sel::CODE64, 0x9000, kind, 0, 0));
         guest.code(0x9000, |a| {
@@ -167,44 +168,45 @@ fn interrupt_gates_clear_if_and_trap_gates_keep_it() {
         guest.code(at::CODE, |a| a.int(0x50));
         assert_eq!(guest.run().done(), [expected as u32]);
     }
-}
+});
 
-#[test]
-fn an_interrupt_from_user_mode_switches_to_the_stack_of_the_tss_and_iret_goes_back() {
-    for mode in [Mode::LONG, Mode::Protected32, Mode::Paged(Paging::Pae)] {
-        let mut guest = Guest::new(mode);
-        guest.start_in_user_mode();
-        guest.handler(0x50, 0x9000, 3);
-        guest.code(0x9000, |a| {
-            a.mov(eax, esp)?;
-            say(a)?;
-            a.mov(eax, cs)?;
-            say(a)?;
-            a.mov(eax, ss)?;
-            say(a)?;
-            if a.bitness() == 64 { a.iretq() } else { a.iretd() }
-        });
-        guest.code(at::USER, |a| {
-            a.int(0x50)?;
-            a.mov(ebx, esp)?;
-            a.ud2()
-        });
-        let end = guest.run();
-        let (frame, code, stack) = match mode {
-            Mode::LONG => (40, sel::CODE64, 0),
-            _ => (20, sel::CODE32, sel::DATA),
-        };
-        let exception = end.exception();
-        assert_eq!(end.said, [at::RING0_STACK as u32 - frame, code.into(), stack.into()]);
-        assert_eq!(end.state.gpr[gpr::RBX], at::USER_STACK, "{mode:?}");
-        assert_eq!(exception.cs & 3, 3);
-        assert_eq!(exception.stack, Some((sel::USER_DATA, at::USER_STACK)));
+on_each_engine!(
+    an_interrupt_from_user_mode_switches_to_the_stack_of_the_tss_and_iret_goes_back,
+    |engine| {
+        for mode in [Mode::LONG, Mode::Protected32, Mode::Paged(Paging::Pae)] {
+            let mut guest = Guest::new(engine, mode);
+            guest.start_in_user_mode();
+            guest.handler(0x50, 0x9000, 3);
+            guest.code(0x9000, |a| {
+                a.mov(eax, esp)?;
+                say(a)?;
+                a.mov(eax, cs)?;
+                say(a)?;
+                a.mov(eax, ss)?;
+                say(a)?;
+                if a.bitness() == 64 { a.iretq() } else { a.iretd() }
+            });
+            guest.code(at::USER, |a| {
+                a.int(0x50)?;
+                a.mov(ebx, esp)?;
+                a.ud2()
+            });
+            let end = guest.run();
+            let (frame, code, stack) = match mode {
+                Mode::LONG => (40, sel::CODE64, 0),
+                _ => (20, sel::CODE32, sel::DATA),
+            };
+            let exception = end.exception();
+            assert_eq!(end.said, [at::RING0_STACK as u32 - frame, code.into(), stack.into()]);
+            assert_eq!(end.state.gpr[gpr::RBX], at::USER_STACK, "{mode:?}");
+            assert_eq!(exception.cs & 3, 3);
+            assert_eq!(exception.stack, Some((sel::USER_DATA, at::USER_STACK)));
+        }
     }
-}
+);
 
-#[test]
-fn a_gate_with_an_ist_uses_that_stack_and_aligns_it() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_gate_with_an_ist_uses_that_stack_and_aligns_it, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     write_u64(&guest.memory, at::TSS + 0x24, at::IST_STACK - 3);
     guest.gate64(0x50, gate64(sel::CODE64, 0x9000, 14, 0, 1));
     guest.state.gpr[gpr::RSP] = at::STACK - 8;
@@ -223,11 +225,10 @@ fn a_gate_with_an_ist_uses_that_stack_and_aligns_it() {
     });
     let stack = at::STACK as u32 - 8;
     assert_eq!(guest.run().done(), [at::IST_STACK as u32 - 16 - 40, stack, stack]);
-}
+});
 
-#[test]
-fn a_call_gate_copies_parameters_and_retf_drops_them() {
-    let mut guest = Guest::new(Mode::Protected32);
+on_each_engine!(a_call_gate_copies_parameters_and_retf_drops_them, |engine| {
+    let mut guest = Guest::new(engine, Mode::Protected32);
     guest.start_in_user_mode();
     guest.descriptor(sel::FREE, gate32(sel::CODE32, 0x9000, 12, 3, 2));
     guest.code(0x9000, |a| {
@@ -250,11 +251,10 @@ fn a_call_gate_copies_parameters_and_retf_drops_them() {
     assert_eq!(end.exception().cs, sel::USER_CODE32);
     assert_eq!(end.said, [0x22, 0x11, at::RING0_STACK as u32 - 24]);
     assert_eq!(end.state.gpr[gpr::RBX], at::USER_STACK);
-}
+});
 
-#[test]
-fn a_64_bit_call_gate_enters_the_kernel_and_retfq_leaves_it() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_64_bit_call_gate_enters_the_kernel_and_retfq_leaves_it, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.start_in_user_mode();
     let [low, high] = gate64(sel::CODE64, 0x9000, 12, 3, 0);
     guest.descriptor(sel::FREE, low);
@@ -275,15 +275,14 @@ fn a_64_bit_call_gate_enters_the_kernel_and_retfq_leaves_it() {
     assert_eq!(end.exception().cs, sel::USER_CODE64);
     assert_eq!(end.said, [at::RING0_STACK as u32 - 32]);
     assert_eq!(end.state.gpr[gpr::RBX], at::USER_STACK);
-}
+});
 
 fn set_msr(state: &mut VcpuState, index: u32, value: u64) {
     assert!(state.msrs.set(index, value), "{index:#x} is not of the state table");
 }
 
-#[test]
-fn syscall_and_sysret_go_to_the_kernel_and_back_with_the_flags_masked() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(syscall_and_sysret_go_to_the_kernel_and_back_with_the_flags_masked, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.start_in_user_mode();
     let star = u64::from(sel::USER_CODE32) << 48 | u64::from(sel::CODE64) << 32;
     set_msr(&mut guest.state, msr::STAR, star);
@@ -321,19 +320,17 @@ fn syscall_and_sysret_go_to_the_kernel_and_back_with_the_flags_masked() {
     assert_eq!(end.state.gpr[gpr::RBX], u64::from(sel::USER_CODE64));
     assert_eq!(end.state.gpr[gpr::RBP], u64::from(sel::USER_DATA));
     assert_eq!(u64::from(end.said[1]), end.state.gpr[gpr::RCX]);
-}
+});
 
-#[test]
-fn syscall_without_sce_raises_ud() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(syscall_without_sce_raises_ud, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.state.efer &= !efer::SCE;
     guest.code(at::CODE, |a| a.syscall());
     assert_eq!(guest.run().exception().vector, 6);
-}
+});
 
-#[test]
-fn sysenter_and_sysexit_go_to_the_kernel_and_back_in_32_bit_mode() {
-    let mut guest = Guest::new(Mode::Protected32);
+on_each_engine!(sysenter_and_sysexit_go_to_the_kernel_and_back_in_32_bit_mode, |engine| {
+    let mut guest = Guest::new(engine, Mode::Protected32);
     guest.start_in_user_mode();
     let kernel = sel::FREE;
     for (n, attributes) in (0..4).zip([0xc09b, 0xc093, 0xc0fb, 0xc0f3]) {
@@ -366,12 +363,11 @@ fn sysenter_and_sysexit_go_to_the_kernel_and_back_in_32_bit_mode() {
     assert_eq!(end.said, [at::STACK as u32, kernel.into(), 0]);
     assert_eq!(end.state.gpr[gpr::RBX], u64::from(kernel + 16) | 3);
     assert_eq!(exception.stack, Some(((kernel + 24) | 3, at::USER_STACK - 64)));
-}
+});
 
-#[test]
-fn iretq_from_the_kernel_reaches_user_code_of_64_and_of_32_bits() {
+on_each_engine!(iretq_from_the_kernel_reaches_user_code_of_64_and_of_32_bits, |engine| {
     for (selector, wide) in [(sel::USER_CODE64, true), (sel::USER_CODE32, false)] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         guest.code(at::CODE, |a| {
             a.push(i32::from(sel::USER_DATA))?;
             a.push(at::USER_STACK as i32)?;
@@ -387,11 +383,10 @@ fn iretq_from_the_kernel_reaches_user_code_of_64_and_of_32_bits() {
         assert_eq!((exception.vector, exception.cs), (6, selector));
         assert_eq!(end.state.gpr[gpr::RAX], u64::from(!wide));
     }
-}
+});
 
-#[test]
-fn entering_user_mode_clears_data_segments_that_belong_to_the_kernel() {
-    let mut guest = Guest::new(Mode::Protected32);
+on_each_engine!(entering_user_mode_clears_data_segments_that_belong_to_the_kernel, |engine| {
+    let mut guest = Guest::new(engine, Mode::Protected32);
     guest.code(at::CODE, |a| {
         a.mov(eax, i32::from(sel::USER_DATA))?;
         a.mov(es, ax)?;
@@ -409,11 +404,10 @@ fn entering_user_mode_clears_data_segments_that_belong_to_the_kernel() {
     });
     let state = guest.run().state;
     assert_eq!((state.gpr[gpr::RBX], state.gpr[gpr::RCX]), (0, sel::USER_DATA.into()));
-}
+});
 
-#[test]
-fn loading_a_segment_sets_the_accessed_bit_of_its_descriptor() {
-    let mut guest = Guest::new(Mode::Protected32);
+on_each_engine!(loading_a_segment_sets_the_accessed_bit_of_its_descriptor, |engine| {
+    let mut guest = Guest::new(engine, Mode::Protected32);
     guest.descriptor(sel::FREE, descriptor(0x1234_5000, 0xfffff, 0xc092));
     guest.code(at::CODE, |a| {
         a.mov(eax, i32::from(sel::FREE))?;
@@ -425,11 +419,10 @@ fn loading_a_segment_sets_the_accessed_bit_of_its_descriptor() {
     let loaded = end.state.segments[SegmentName::Fs];
     assert_eq!((loaded.base, loaded.limit), (0x1234_5000, 0xffff_ffff));
     assert_eq!(read_u32(&guest.memory, at::GDT + u64::from(sel::FREE) + 4) >> 8 & 1, 1);
-}
+});
 
-#[test]
-fn ltr_marks_its_tss_busy_and_lldt_gives_a_second_table() {
-    let mut guest = Guest::new(Mode::Protected32);
+on_each_engine!(ltr_marks_its_tss_busy_and_lldt_gives_a_second_table, |engine| {
+    let mut guest = Guest::new(engine, Mode::Protected32);
     guest.descriptor(sel::TSS, descriptor(at::TSS as u32, 0x67, 0x0089));
     write_u64(&guest.memory, at::LDT + 8, descriptor(at::DATA as u32, 0xfff, 0x4093));
     write_u64(&guest.memory, at::DATA + 4, 42);
@@ -448,11 +441,10 @@ fn ltr_marks_its_tss_busy_and_lldt_gives_a_second_table() {
     });
     assert_eq!(guest.run().done(), [42, sel::TSS.into()]);
     assert_eq!(read_u32(&guest.memory, at::GDT + u64::from(sel::TSS) + 4) >> 8 & 0xf, 0xb);
-}
+});
 
-#[test]
-fn lar_lsl_verr_and_verw_tell_what_a_selector_allows() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(lar_lsl_verr_and_verw_tell_what_a_selector_allows, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.descriptor(sel::FREE, descriptor(0, 0x1234, 0x00f1));
     guest.code(at::CODE, |a| {
         a.mov(ebx, i32::from(sel::FREE))?;
@@ -478,4 +470,4 @@ fn lar_lsl_verr_and_verw_tell_what_a_selector_allows() {
         done(a)
     });
     assert_eq!(guest.run().done(), [0xf100, 0x1234, 1, 0, 5]);
-}
+});

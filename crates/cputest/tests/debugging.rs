@@ -1,11 +1,11 @@
 //! Single step and breakpoints (Intel SDM 3B 17).
 use arch::registers::{cr4, rflags};
 use cputest::micro::{Guest, Mode, at, done, say};
+use cputest::on_each_engine;
 use iced_x86::code_asm::*;
 
-#[test]
-fn the_trap_flag_steps_one_instruction_at_a_time() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(the_trap_flag_steps_one_instruction_at_a_time, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.handler(1, 0x9000, 0);
     guest.code(0x9000, |a| {
         a.push(rax)?;
@@ -35,11 +35,10 @@ fn the_trap_flag_steps_one_instruction_at_a_time() {
     // After NOP, MOV, PUSHF, AND; the last POPF ends it but is itself stepped.
     assert_eq!(steps, [nop + 1, nop + 6, nop + 7, nop + 14, nop + 15]);
     assert!(said.chunks(2).all(|s| s[1] == 0x4000), "DR6.BS is set");
-}
+});
 
-#[test]
-fn a_load_of_ss_holds_the_single_step_trap_back_for_one_instruction() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_load_of_ss_holds_the_single_step_trap_back_for_one_instruction, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     let first = guest.code(at::CODE, |a| {
         a.mov(ecx, ss)?;
         a.pushfq()?;
@@ -55,11 +54,10 @@ fn a_load_of_ss_holds_the_single_step_trap_back_for_one_instruction() {
     });
     let exception = guest.run().exception();
     assert_eq!((exception.vector, exception.rip), (1, load + 3));
-}
+});
 
-#[test]
-fn a_stepped_repeated_string_traps_after_each_element() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_stepped_repeated_string_traps_after_each_element, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.handler(1, 0x9000, 0);
     guest.code(0x9000, |a| {
         a.mov(eax, ecx)?;
@@ -79,12 +77,11 @@ fn a_stepped_repeated_string_traps_after_each_element() {
         done(a)
     });
     assert_eq!(guest.run().done()[..3], [2, 1, 0]);
-}
+});
 
-#[test]
-fn breakpoints_on_code_are_faults_and_on_data_are_traps() {
+on_each_engine!(breakpoints_on_code_are_faults_and_on_data_are_traps, |engine| {
     for (kind, length) in [(0u64, 0u64), (1, 3), (3, 3)] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         let first = guest.code(at::CODE, |a| a.mov(ecx, 1)).len() as u64;
         let access = at::CODE + first;
         let second = guest.code(access, |a| a.mov(dword_ptr(at::DATA), ecx)).len() as u64;
@@ -100,11 +97,10 @@ fn breakpoints_on_code_are_faults_and_on_data_are_traps() {
         // The one fault that does not save RF (Intel SDM 3B 17.3.1.1).
         assert_eq!(exception.rflags & rflags::RF, 0);
     }
-}
+});
 
-#[test]
-fn the_resume_flag_passes_one_code_breakpoint() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(the_resume_flag_passes_one_code_breakpoint, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     let target = at::CODE + 5;
     guest.state.debug[0] = target;
     guest.state.debug[5] = 0x401;
@@ -125,11 +121,10 @@ fn the_resume_flag_passes_one_code_breakpoint() {
         done(a)
     });
     assert_eq!(guest.run().done(), [3]);
-}
+});
 
-#[test]
-fn breakpoints_on_ports_trap_with_de() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(breakpoints_on_ports_trap_with_de, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.state.cr4 |= cr4::DE;
     guest.state.debug[0] = 0x60;
     guest.state.debug[5] = 0x401 | 2 << 16;
@@ -140,4 +135,4 @@ fn breakpoints_on_ports_trap_with_de() {
     });
     let exception = guest.run().exception();
     assert_eq!((exception.vector, exception.rip), (1, at::CODE + 4));
-}
+});

@@ -6,6 +6,8 @@ use arch::registers::rflags;
 use arch::{VcpuState, msr};
 use cputest::machine::Access;
 use cputest::micro::{Guest, Mode, at, done, say};
+use cputest::on_each_engine;
+use cputest::under_test::EngineUnderTest;
 use engine::Msi;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -59,15 +61,14 @@ fn handler(guest: &Guest, vector: u8) {
         a.iretq()
     });
 }
-fn new(vectors: &[u8]) -> Guest {
-    let guest = Guest::new(Mode::LONG);
+fn new(engine: EngineUnderTest, vectors: &[u8]) -> Guest {
+    let guest = Guest::new(engine, Mode::LONG);
     vectors.iter().for_each(|v| handler(&guest, *v));
     guest
 }
 
-#[test]
-fn a_self_ipi_arrives_when_interrupts_are_enabled() {
-    let mut guest = new(&[0x40]);
+on_each_engine!(a_self_ipi_arrives_when_interrupts_are_enabled, |engine| {
+    let mut guest = new(engine, &[0x40]);
     guest.code(at::CODE, |a| {
         set(a, apic::SPURIOUS, 0x1ff)?;
         set(a, apic::ICR, 0x4_4040)?;
@@ -78,11 +79,10 @@ fn a_self_ipi_arrives_when_interrupts_are_enabled() {
         done(a)
     });
     assert_eq!(guest.run().done(), [1, 0x40, 2]);
-}
+});
 
-#[test]
-fn higher_priorities_come_first_and_interrupt_lower_ones() {
-    let mut guest = new(&[0x30, 0x50]);
+on_each_engine!(higher_priorities_come_first_and_interrupt_lower_ones, |engine| {
+    let mut guest = new(engine, &[0x30, 0x50]);
     // The handler of 0x40 lets others in.
     guest.handler(0x40, 0xf000, 0);
     guest.code(0xf000, |a| {
@@ -114,11 +114,10 @@ fn higher_priorities_come_first_and_interrupt_lower_ones() {
     });
     let said = [0x40, 0x50, 0x41, 0x40, 1, 1 << 16, 0x30, 2];
     assert_eq!(guest.run().done(), said);
-}
+});
 
-#[test]
-fn the_task_priority_holds_back_lower_vectors_also_through_cr8() {
-    let mut guest = new(&[0x40, 0x60]);
+on_each_engine!(the_task_priority_holds_back_lower_vectors_also_through_cr8, |engine| {
+    let mut guest = new(engine, &[0x40, 0x60]);
     guest.code(at::CODE, |a| {
         set(a, apic::SPURIOUS, 0x1ff)?;
         a.sti()?;
@@ -137,11 +136,10 @@ fn the_task_priority_holds_back_lower_vectors_also_through_cr8() {
         done(a)
     });
     assert_eq!(guest.run().done(), [0x50, 0x60, 1, 0x40, 3]);
-}
+});
 
-#[test]
-fn sti_holds_a_pending_interrupt_back_for_exactly_one_instruction() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(sti_holds_a_pending_interrupt_back_for_exactly_one_instruction, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.handler(0x40, 0x9000, 0);
     guest.code(0x9000, |a| {
         a.mov(eax, ebx)?;
@@ -160,11 +158,10 @@ fn sti_holds_a_pending_interrupt_back_for_exactly_one_instruction() {
         done(a)
     });
     assert_eq!(guest.run().done(), [1]);
-}
+});
 
-#[test]
-fn sti_followed_by_cli_lets_no_interrupt_in() {
-    let mut guest = new(&[0x40]);
+on_each_engine!(sti_followed_by_cli_lets_no_interrupt_in, |engine| {
+    let mut guest = new(engine, &[0x40]);
     guest.code(at::CODE, |a| {
         set(a, apic::SPURIOUS, 0x1ff)?;
         set(a, apic::ICR, 0x4_4040)?;
@@ -176,33 +173,34 @@ fn sti_followed_by_cli_lets_no_interrupt_in() {
         done(a)
     });
     assert_eq!(guest.run().done(), [1]);
-}
+});
 
-#[test]
-fn popf_that_sets_if_lets_a_pending_interrupt_in_before_the_next_instruction() {
-    let mut guest = Guest::new(Mode::LONG);
-    guest.handler(0x40, 0x9000, 0);
-    guest.code(0x9000, |a| {
-        a.mov(eax, ebx)?;
-        say(a)?;
-        done(a)
-    });
-    guest.code(at::CODE, |a| {
-        set(a, apic::SPURIOUS, 0x1ff)?;
-        a.xor(ebx, ebx)?;
-        set(a, apic::ICR, 0x4_4040)?;
-        spin(a)?;
-        a.push((rflags::IF | rflags::FIXED) as i32)?;
-        a.popfq()?;
-        a.inc(ebx)?;
-        done(a)
-    });
-    assert_eq!(guest.run().done(), [0]);
-}
+on_each_engine!(
+    popf_that_sets_if_lets_a_pending_interrupt_in_before_the_next_instruction,
+    |engine| {
+        let mut guest = Guest::new(engine, Mode::LONG);
+        guest.handler(0x40, 0x9000, 0);
+        guest.code(0x9000, |a| {
+            a.mov(eax, ebx)?;
+            say(a)?;
+            done(a)
+        });
+        guest.code(at::CODE, |a| {
+            set(a, apic::SPURIOUS, 0x1ff)?;
+            a.xor(ebx, ebx)?;
+            set(a, apic::ICR, 0x4_4040)?;
+            spin(a)?;
+            a.push((rflags::IF | rflags::FIXED) as i32)?;
+            a.popfq()?;
+            a.inc(ebx)?;
+            done(a)
+        });
+        assert_eq!(guest.run().done(), [0]);
+    }
+);
 
-#[test]
-fn hlt_wakes_at_once_when_an_interrupt_is_pending() {
-    let mut guest = new(&[0x40]);
+on_each_engine!(hlt_wakes_at_once_when_an_interrupt_is_pending, |engine| {
+    let mut guest = new(engine, &[0x40]);
     guest.code(at::CODE, |a| {
         set(a, apic::SPURIOUS, 0x1ff)?;
         set(a, apic::ICR, 0x4_4040)?;
@@ -212,12 +210,11 @@ fn hlt_wakes_at_once_when_an_interrupt_is_pending() {
         done(a)
     });
     assert_eq!(guest.run().done(), [0x40, 1]);
-}
+});
 
-#[test]
-fn the_timer_fires_once_or_again_and_again() {
+on_each_engine!(the_timer_fires_once_or_again_and_again, |engine| {
     for (mode, expected) in [(0u32, 1), (1 << 17, 3)] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         guest.handler(0x40, 0x9000, 0);
         guest.code(0x9000, |a| {
             say_number(a, 0x40)?;
@@ -248,11 +245,10 @@ fn the_timer_fires_once_or_again_and_again() {
         wanted.extend((mode == 0).then_some(0));
         assert_eq!(guest.run().done(), wanted);
     }
-}
+});
 
-#[test]
-fn the_deadline_timer_fires_when_the_clock_reaches_it_and_not_before() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(the_deadline_timer_fires_when_the_clock_reaches_it_and_not_before, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.handler(0x40, 0x9000, 0);
     guest.code(0x9000, |a| {
         a.rdtsc()?;
@@ -287,11 +283,10 @@ fn the_deadline_timer_fires_when_the_clock_reaches_it_and_not_before() {
         a.jmp(again)
     });
     assert_eq!(guest.run().done(), [1, 0]);
-}
+});
 
-#[test]
-fn x2apic_registers_are_msrs_and_self_ipi_works() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(x2apic_registers_are_msrs_and_self_ipi_works, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.handler(0x40, 0x9000, 0);
     guest.code(0x9000, |a| {
         say_number(a, 0x40)?;
@@ -321,11 +316,10 @@ fn x2apic_registers_are_msrs_and_self_ipi_works() {
         done(a)
     });
     assert_eq!(guest.run().done(), [0x40, 0]);
-}
+});
 
-#[test]
-fn a_message_from_a_device_becomes_an_interrupt() {
-    let mut guest = new(&[0x61]);
+on_each_engine!(a_message_from_a_device_becomes_an_interrupt, |engine| {
+    let mut guest = new(engine, &[0x61]);
     guest.code(at::CODE, |a| {
         let mut again = a.create_label();
         set(a, apic::SPURIOUS, 0x1ff)?;
@@ -341,11 +335,10 @@ fn a_message_from_a_device_becomes_an_interrupt() {
     guest.vm.signal_msi(Msi { address: 0xfee0_0000, data: 0x61 });
     guest.state = guest.vcpus[0].state().unwrap();
     assert_eq!(guest.run().done(), [0x61]);
-}
+});
 
-#[test]
-fn ending_a_level_triggered_interrupt_is_told_to_the_machine() {
-    let mut guest = new(&[0x61]);
+on_each_engine!(ending_a_level_triggered_interrupt_is_told_to_the_machine, |engine| {
+    let mut guest = new(engine, &[0x61]);
     guest.code(at::CODE, |a| {
         set(a, apic::SPURIOUS, 0x1ff)?;
         a.sti()?;
@@ -359,11 +352,10 @@ fn ending_a_level_triggered_interrupt_is_told_to_the_machine() {
     guest.state = guest.vcpus[0].state().unwrap();
     guest.run().done();
     assert!(guest.io.log().contains(&Access::Eoi(0x61)));
-}
+});
 
-#[test]
-fn the_pic_is_acknowledged_through_lint0_in_extint_mode() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(the_pic_is_acknowledged_through_lint0_in_extint_mode, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.handler(0x28, 0x9000, 0);
     guest.code(0x9000, |a| {
         say_number(a, 0x28)?;
@@ -381,14 +373,14 @@ fn the_pic_is_acknowledged_through_lint0_in_extint_mode() {
     guest.io.pic_vector.store(0x28, std::sync::atomic::Ordering::SeqCst);
     guest.vm.set_pic_output(true);
     assert_eq!(guest.run().done(), [0x28]);
-}
+});
 
-#[test]
-fn an_nmi_waits_until_the_handler_of_the_last_one_returns() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(an_nmi_waits_until_the_handler_of_the_last_one_returns, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.handler(2, 0x9000, 0);
     guest.code(0x9000, |a| {
         let mut second = a.create_label();
+        a.push(r14)?;
         a.inc(ebx)?;
         a.mov(eax, ebx)?;
         say(a)?;
@@ -399,6 +391,7 @@ fn an_nmi_waits_until_the_handler_of_the_last_one_returns() {
         spin(a)?;
         say_number(a, 0x10)?;
         a.set_label(&mut second)?;
+        a.pop(r14)?;
         a.iretq()
     });
     guest.code(at::CODE, |a| {
@@ -411,11 +404,10 @@ fn an_nmi_waits_until_the_handler_of_the_last_one_returns() {
         done(a)
     });
     assert_eq!(guest.run().done(), [1, 0x10, 2, 0x20]);
-}
+});
 
-#[test]
-fn init_and_start_up_ipis_start_three_vcpus_in_real_mode() {
-    let mut guest = Guest::with_vcpus(Mode::LONG, 4).unwrap();
+on_each_engine!(init_and_start_up_ipis_start_three_vcpus_in_real_mode, |engine| {
+    let mut guest = Guest::with_vcpus(engine, Mode::LONG, 4).unwrap();
     // Each counts itself and leaves the vector it started at in its CS.
     guest.code_of(16, 0xc000, |a| {
         let mut stay = a.create_label();
@@ -444,11 +436,10 @@ fn init_and_start_up_ipis_start_three_vcpus_in_real_mode() {
         done(a)
     });
     assert_eq!(guest.run().done(), [0xc00]);
-}
+});
 
-#[test]
-fn an_ipi_wakes_exactly_the_vcpu_it_names() {
-    let mut guest = Guest::with_vcpus(Mode::LONG, 4).unwrap();
+on_each_engine!(an_ipi_wakes_exactly_the_vcpu_it_names, |engine| {
+    let mut guest = Guest::with_vcpus(engine, Mode::LONG, 4).unwrap();
     guest.handler(0x40, 0x9000, 0);
     // Receivers note their APIC id.
     guest.code(0x9000, |a| {
@@ -499,7 +490,7 @@ fn an_ipi_wakes_exactly_the_vcpu_it_names() {
     });
     start_all(&mut guest);
     assert_eq!(guest.run().done(), [0, 1, 1, 1]);
-}
+});
 
 /// Puts vCPUs 1 to 3 at the same code as vCPU 0, with a stack of their own and their number in
 /// ESI.

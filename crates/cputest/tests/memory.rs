@@ -6,6 +6,7 @@ use arch::VcpuState;
 use arch::registers::gpr;
 use cputest::layout::{page, read, read_u64, write, write_u64};
 use cputest::micro::{Guest, Mode, at, done, say};
+use cputest::on_each_engine;
 use iced_x86::code_asm::*;
 
 fn map(guest: &mut Guest, linear: u64, physical: u64, bits: u64) {
@@ -13,10 +14,9 @@ fn map(guest: &mut Guest, linear: u64, physical: u64, bits: u64) {
     guest.tables.map(&memory, linear, physical, bits);
 }
 
-#[test]
-fn an_instruction_that_changes_the_next_one_runs_the_new_one() {
+on_each_engine!(an_instruction_that_changes_the_next_one_runs_the_new_one, |engine| {
     for mode in [Mode::LONG, Mode::Protected32, Mode::Real] {
-        let mut guest = Guest::new(mode);
+        let mut guest = Guest::new(engine, mode);
         guest.code(at::CODE, |a| {
             a.mov(ecx, 3)?;
             let mut again = a.create_label();
@@ -42,11 +42,10 @@ fn an_instruction_that_changes_the_next_one_runs_the_new_one() {
         });
         assert_eq!(guest.run().done(), [3, 2, 1], "{mode:?}");
     }
-}
+});
 
-#[test]
-fn code_written_through_another_mapping_is_run_as_written() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(code_written_through_another_mapping_is_run_as_written, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     map(&mut guest, 0x70_0000, at::DATA, page::P | page::W);
     map(&mut guest, 0x71_0000, at::DATA, page::P);
     guest.code(at::DATA, |a| {
@@ -63,35 +62,36 @@ fn code_written_through_another_mapping_is_run_as_written() {
         done(a)
     });
     assert_eq!(guest.run().done(), [1, 2, 3, 4]);
-}
+});
 
-#[test]
-fn code_on_another_page_written_byte_by_byte_and_by_strings_is_run_as_written() {
-    let mut guest = Guest::new(Mode::LONG);
-    // mov eax, imm32; ret
-    write(&guest.memory, at::DATA, &[0xb8, 7, 0, 0, 0, 0xc3]);
-    write(&guest.memory, at::DATA + 0x1000, &[0xb8, 1, 0, 0, 0, 0xc3]);
-    guest.code(at::CODE, |a| {
-        a.mov(ebx, at::DATA as u32 + 0x1000)?;
-        a.call(rbx)?;
-        say(a)?;
-        a.mov(byte_ptr(rbx + 2), 1)?;
-        a.call(rbx)?;
-        say(a)?;
-        a.mov(esi, at::DATA as u32)?;
-        a.mov(edi, ebx)?;
-        a.mov(ecx, 6)?;
-        a.rep().movsb()?;
-        a.call(rbx)?;
-        say(a)?;
-        done(a)
-    });
-    assert_eq!(guest.run().done(), [1, 0x101, 7]);
-}
+on_each_engine!(
+    code_on_another_page_written_byte_by_byte_and_by_strings_is_run_as_written,
+    |engine| {
+        let mut guest = Guest::new(engine, Mode::LONG);
+        // mov eax, imm32; ret
+        write(&guest.memory, at::DATA, &[0xb8, 7, 0, 0, 0, 0xc3]);
+        write(&guest.memory, at::DATA + 0x1000, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        guest.code(at::CODE, |a| {
+            a.mov(ebx, at::DATA as u32 + 0x1000)?;
+            a.call(rbx)?;
+            say(a)?;
+            a.mov(byte_ptr(rbx + 2), 1)?;
+            a.call(rbx)?;
+            say(a)?;
+            a.mov(esi, at::DATA as u32)?;
+            a.mov(edi, ebx)?;
+            a.mov(ecx, 6)?;
+            a.rep().movsb()?;
+            a.call(rbx)?;
+            say(a)?;
+            done(a)
+        });
+        assert_eq!(guest.run().done(), [1, 0x101, 7]);
+    }
+);
 
-#[test]
-fn an_instruction_across_two_pages_follows_changes_of_either() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(an_instruction_across_two_pages_follows_changes_of_either, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     map(&mut guest, 0x70_0000, at::DATA, page::P | page::W);
     map(&mut guest, 0x70_1000, at::DATA + 0x5000, page::P | page::W);
     // mov eax, imm32 with two bytes on the first page; ret
@@ -110,11 +110,10 @@ fn an_instruction_across_two_pages_follows_changes_of_either() {
         done(a)
     });
     assert_eq!(guest.run().done(), [1, 0x201, 0x203]);
-}
+});
 
-#[test]
-fn an_instruction_whose_second_page_is_missing_faults_with_that_address() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(an_instruction_whose_second_page_is_missing_faults_with_that_address, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     map(&mut guest, 0x70_0000, at::DATA, page::P);
     write(&guest.memory, at::DATA + 0xffe, &[0xb8, 1]);
     guest.code(at::CODE, |a| {
@@ -125,11 +124,10 @@ fn an_instruction_whose_second_page_is_missing_faults_with_that_address() {
     let exception = end.exception();
     assert_eq!((exception.vector, exception.rip), (14, 0x70_0ffe));
     assert_eq!(end.state.cr2, 0x70_1000);
-}
+});
 
-#[test]
-fn the_page_is_run_as_the_page_fault_handler_filled_it() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(the_page_is_run_as_the_page_fault_handler_filled_it, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     let memory = guest.memory.clone();
     map(&mut guest, 0x70_0000, at::DATA, 0);
     let entry = guest.tables.entry(&memory, 0x70_0000, 1);
@@ -150,13 +148,12 @@ fn the_page_is_run_as_the_page_fault_handler_filled_it() {
         done(a)
     });
     assert_eq!(guest.run().done(), [5]);
-}
+});
 
-#[test]
-fn strings_stop_exactly_where_a_page_is_missing_in_both_directions() {
+on_each_engine!(strings_stop_exactly_where_a_page_is_missing_in_both_directions, |engine| {
     // (direction flag, start, elements until the fault, element size)
     for (down, start, done) in [(false, 0x70_0fe1u64, 7u64), (true, 0x70_0020, 9)] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         map(&mut guest, 0x70_0000, at::DATA, page::P | page::W);
         guest.code(at::CODE, |a| {
             a.mov(rdi, start)?;
@@ -178,11 +175,10 @@ fn strings_stop_exactly_where_a_page_is_missing_in_both_directions() {
         assert_eq!(end.state.gpr[gpr::RCX], 1000 - done);
         assert_eq!(end.state.cr2, if down { stopped } else { 0x70_1000 });
     }
-}
+});
 
-#[test]
-fn a_string_copy_goes_on_after_its_fault_was_mended() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_string_copy_goes_on_after_its_fault_was_mended, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     let memory = guest.memory.clone();
     map(&mut guest, 0x70_0000, at::DATA, page::P | page::W);
     map(&mut guest, 0x70_1000, at::DATA + 0x5000, 0);
@@ -210,12 +206,11 @@ fn a_string_copy_goes_on_after_its_fault_was_mended() {
     read(&memory, at::DATA + 0xfa0, &mut copy[..0x60]);
     read(&memory, at::DATA + 0x5000, &mut copy[0x60..]);
     assert_eq!(copy.as_slice(), text);
-}
+});
 
-#[test]
-fn overlapping_copies_repeat_the_pattern_as_byte_copies_do() {
+on_each_engine!(overlapping_copies_repeat_the_pattern_as_byte_copies_do, |engine| {
     for (distance, size) in [(1u64, 1u32), (3, 1), (2, 4), (8, 8)] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         write(&guest.memory, at::DATA, b"abcdefghijklmnop");
         guest.code(at::CODE, |a| {
             a.mov(esi, at::DATA as u32)?;
@@ -241,11 +236,10 @@ fn overlapping_copies_repeat_the_pattern_as_byte_copies_do() {
         read(&guest.memory, at::DATA, &mut found);
         assert_eq!(found, model, "distance {distance}, size {size}");
     }
-}
+});
 
-#[test]
-fn sixteen_bit_strings_wrap_at_64_kib() {
-    let mut guest = Guest::new(Mode::Real);
+on_each_engine!(sixteen_bit_strings_wrap_at_64_kib, |engine| {
+    let mut guest = Guest::new(engine, Mode::Real);
     guest.state.segments.regs[0] = arch::Segment::real_mode(0x8000);
     guest.code(at::CODE, |a| {
         a.mov(di, 0xfffeu32)?;
@@ -260,11 +254,10 @@ fn sixteen_bit_strings_wrap_at_64_kib() {
     assert_eq!(guest.run().done(), [2]);
     assert_eq!(read_u64(&guest.memory, at::DATA) & 0xffff_ffff, 0x7777);
     assert_eq!(read_u64(&guest.memory, at::DATA + 0xfff8) >> 48, 0x7777);
-}
+});
 
-#[test]
-fn fs_and_gs_bases_move_operands_and_swapgs_exchanges_them() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(fs_and_gs_bases_move_operands_and_swapgs_exchanges_them, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     for n in 0..4 {
         write_u64(&guest.memory, at::DATA + 0x100 * n, 10 + n);
     }
@@ -290,7 +283,7 @@ fn fs_and_gs_bases_move_operands_and_swapgs_exchanges_them() {
         done(a)
     });
     assert_eq!(guest.run().done(), [10, 11, 13]);
-}
+});
 
 /// Puts vCPUs 1 to 3 at the same code as vCPU 0, each with a stack of its own and its number in
 /// ESI.
@@ -304,10 +297,9 @@ fn start_all(guest: &mut Guest) {
     }
 }
 
-#[test]
-fn locked_operations_of_four_vcpus_on_one_line_lose_nothing() {
+on_each_engine!(locked_operations_of_four_vcpus_on_one_line_lose_nothing, |engine| {
     const ROUNDS: u32 = 20_000;
-    let mut guest = Guest::with_vcpus(Mode::LONG, 4).unwrap();
+    let mut guest = Guest::with_vcpus(engine, Mode::LONG, 4).unwrap();
     guest.code(at::CODE, |a| {
         let (mut again, mut retry, mut wait) =
             (a.create_label(), a.create_label(), a.create_label());
@@ -346,12 +338,11 @@ fn locked_operations_of_four_vcpus_on_one_line_lose_nothing() {
     start_all(&mut guest);
     let all = 4 * ROUNDS;
     assert_eq!(guest.run().done(), [all, 3 * all, 5 * all, all]);
-}
+});
 
-#[test]
-fn code_changed_by_another_vcpu_is_seen_after_a_serialising_instruction() {
+on_each_engine!(code_changed_by_another_vcpu_is_seen_after_a_serialising_instruction, |engine| {
     const ROUNDS: u32 = 200;
-    let mut guest = Guest::with_vcpus(Mode::LONG, 2).unwrap();
+    let mut guest = Guest::with_vcpus(engine, Mode::LONG, 2).unwrap();
     // mov eax, imm32; ret
     write(&guest.memory, at::DATA + 0x1000, &[0xb8, 0, 0, 0, 0, 0xc3]);
     guest.code(at::CODE, |a| {
@@ -399,11 +390,10 @@ fn code_changed_by_another_vcpu_is_seen_after_a_serialising_instruction() {
     });
     start_all(&mut guest);
     assert_eq!(guest.run().done(), [0], "versions that vCPU 1 missed");
-}
+});
 
-#[test]
-fn the_clock_of_four_vcpus_never_goes_back() {
-    let mut guest = Guest::with_vcpus(Mode::LONG, 4).unwrap();
+on_each_engine!(the_clock_of_four_vcpus_never_goes_back, |engine| {
+    let mut guest = Guest::with_vcpus(engine, Mode::LONG, 4).unwrap();
     guest.code(at::CODE, |a| {
         let (mut again, mut fine, mut stay, mut wait) =
             (a.create_label(), a.create_label(), a.create_label(), a.create_label());
@@ -445,4 +435,4 @@ fn the_clock_of_four_vcpus_never_goes_back() {
     });
     start_all(&mut guest);
     assert_eq!(guest.run().done(), [0], "times before an earlier one");
-}
+});

@@ -2,6 +2,7 @@
 use arch::registers::{cr0, cr4, rflags};
 use cputest::layout::{PageTables, Paging, page, write_u64};
 use cputest::micro::{Guest, Mode, Stop, at, done, say};
+use cputest::on_each_engine;
 use iced_x86::code_asm::*;
 
 const LINEAR: u64 = 0x70_0000;
@@ -21,10 +22,9 @@ fn leaf(guest: &mut Guest, linear: u64) -> u64 {
     guest.tables.leaf(&memory, linear)
 }
 
-#[test]
-fn every_paging_mode_translates_small_and_large_pages() {
+on_each_engine!(every_paging_mode_translates_small_and_large_pages, |engine| {
     for mode in MODES {
-        let mut guest = Guest::new(mode);
+        let mut guest = Guest::new(engine, mode);
         let memory = guest.memory.clone();
         map(&mut guest, LINEAR, at::DATA, page::P | page::W);
         map(&mut guest, LINEAR + 0x1000, at::DATA + 0x5000, page::P | page::W);
@@ -44,11 +44,10 @@ fn every_paging_mode_translates_small_and_large_pages() {
         });
         assert_eq!(guest.run().done(), [0x1111_1111, 0x2222_1111, 0x3333_3333], "{mode:?}");
     }
-}
+});
 
-#[test]
-fn five_levels_reach_addresses_beyond_48_bits() {
-    let mut guest = Guest::new(Mode::Long(Paging::Five));
+on_each_engine!(five_levels_reach_addresses_beyond_48_bits, |engine| {
+    let mut guest = Guest::new(engine, Mode::Long(Paging::Five));
     map(&mut guest, 0x00ff_0000_0000_0000, at::DATA, page::P | page::W);
     guest.code(at::CODE, |a| {
         a.mov(rbx, 0x00ff_0000_0000_0000u64)?;
@@ -58,7 +57,7 @@ fn five_levels_reach_addresses_beyond_48_bits() {
         done(a)
     });
     assert_eq!(guest.run().done(), [77]);
-}
+});
 
 /// What an access of a kind gives: nothing, or the error code of the page fault.
 struct Rule {
@@ -161,9 +160,8 @@ fn check(guest: &mut Guest, linear: u64, rule: &Rule, kind: Kind, user: bool) {
     }
 }
 
-#[test]
-fn permissions_follow_user_write_execute_wp_smep_and_smap() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(permissions_follow_user_write_execute_wp_smep_and_smap, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     // Each cell has a page of its own, so that no translation is left over from the last.
     let mut linear = LINEAR;
     for bits in 0..128u32 {
@@ -183,12 +181,11 @@ fn permissions_follow_user_write_execute_wp_smep_and_smap() {
             }
         }
     }
-}
+});
 
-#[test]
-fn permissions_of_all_levels_count() {
+on_each_engine!(permissions_of_all_levels_count, |engine| {
     for mode in [Mode::Paged(Paging::Bits32), Mode::Long(Paging::Four)] {
-        let mut guest = Guest::new(mode);
+        let mut guest = Guest::new(engine, mode);
         let memory = guest.memory.clone();
         map(&mut guest, LINEAR, at::DATA, page::P | page::W | page::U);
         // The table above says read-only.
@@ -200,11 +197,10 @@ fn permissions_of_all_levels_count() {
         let exception = guest.run().exception();
         assert_eq!((exception.vector, exception.error), (14, Some(3)), "{mode:?}");
     }
-}
+});
 
-#[test]
-fn stac_and_clac_open_and_close_user_pages() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(stac_and_clac_open_and_close_user_pages, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.state.cr4 |= cr4::SMAP;
     write_u64(&guest.memory, at::USER, 5);
     guest.code(at::CODE, |a| {
@@ -218,12 +214,11 @@ fn stac_and_clac_open_and_close_user_pages() {
     assert_eq!(end.said, [5]);
     let exception = end.exception();
     assert_eq!((exception.vector, exception.error), (14, Some(1)));
-}
+});
 
-#[test]
-fn a_read_sets_accessed_and_only_a_write_sets_dirty_even_after_the_read() {
+on_each_engine!(a_read_sets_accessed_and_only_a_write_sets_dirty_even_after_the_read, |engine| {
     for mode in MODES {
-        let mut guest = Guest::new(mode);
+        let mut guest = Guest::new(engine, mode);
         let memory = guest.memory.clone();
         map(&mut guest, LINEAR, at::DATA, page::P | page::W);
         let entry = guest.tables.entry(&memory, LINEAR, 1);
@@ -244,12 +239,11 @@ fn a_read_sets_accessed_and_only_a_write_sets_dirty_even_after_the_read() {
         });
         assert_eq!(guest.run().done(), [0, 0x20, 0x60], "{mode:?}");
     }
-}
+});
 
-#[test]
-fn invlpg_and_a_reload_of_cr3_make_new_translations_visible() {
+on_each_engine!(invlpg_and_a_reload_of_cr3_make_new_translations_visible, |engine| {
     for flush in ["invlpg", "cr3"] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         let memory = guest.memory.clone();
         map(&mut guest, LINEAR, at::DATA, page::P | page::W);
         let entry = guest.tables.entry(&memory, LINEAR, 1);
@@ -273,12 +267,11 @@ fn invlpg_and_a_reload_of_cr3_make_new_translations_visible() {
         });
         assert_eq!(guest.run().done(), [1, 2], "{flush}");
     }
-}
+});
 
-#[test]
-fn global_pages_are_forgotten_by_invlpg_and_by_a_change_of_pge() {
+on_each_engine!(global_pages_are_forgotten_by_invlpg_and_by_a_change_of_pge, |engine| {
     for flush in ["invlpg", "pge"] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         let memory = guest.memory.clone();
         map(&mut guest, LINEAR, at::DATA, page::P | page::W | page::G);
         let entry = guest.tables.entry(&memory, LINEAR, 1);
@@ -305,11 +298,10 @@ fn global_pages_are_forgotten_by_invlpg_and_by_a_change_of_pge() {
         });
         assert_eq!(guest.run().done(), [1, 2], "{flush}");
     }
-}
+});
 
-#[test]
-fn a_page_that_becomes_present_needs_no_flush() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_page_that_becomes_present_needs_no_flush, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     let memory = guest.memory.clone();
     map(&mut guest, LINEAR, 0, 0);
     let entry = guest.tables.entry(&memory, LINEAR, 1);
@@ -328,11 +320,10 @@ fn a_page_that_becomes_present_needs_no_flush() {
         done(a)
     });
     assert_eq!(guest.run().done(), [9]);
-}
+});
 
-#[test]
-fn code_follows_its_page_when_the_page_is_remapped() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(code_follows_its_page_when_the_page_is_remapped, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     let memory = guest.memory.clone();
     map(&mut guest, LINEAR, at::DATA, page::P | page::W);
     let entry = guest.tables.entry(&memory, LINEAR, 1);
@@ -355,12 +346,11 @@ fn code_follows_its_page_when_the_page_is_remapped() {
         done(a)
     });
     assert_eq!(guest.run().done(), [1, 2]);
-}
+});
 
-#[test]
-fn two_address_spaces_with_and_without_pcid_stay_apart() {
+on_each_engine!(two_address_spaces_with_and_without_pcid_stay_apart, |engine| {
     for pcid in [false, true] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         let memory = guest.memory.clone();
         map(&mut guest, LINEAR, at::DATA, page::P | page::W);
         let mut other = PageTables::new(Paging::Four, 0x30_0000);
@@ -389,44 +379,44 @@ fn two_address_spaces_with_and_without_pcid_stay_apart() {
         });
         assert_eq!(guest.run().done(), [1, 2, 1, 1, 2, 1], "pcid {pcid}");
     }
-}
+});
 
-#[test]
-fn changes_of_wp_smep_and_paging_bits_in_control_registers_take_effect_at_once() {
-    let mut guest = Guest::new(Mode::LONG);
-    map(&mut guest, LINEAR, at::DATA, page::P);
-    guest.state.cr0 &= !cr0::WP;
-    guest.code(at::CODE, |a| {
-        a.mov(dword_ptr(LINEAR), 3)?;
-        a.mov(eax, dword_ptr(LINEAR))?;
-        say(a)?;
-        a.mov(rax, cr0)?;
-        a.or(eax, cr0::WP as u32 as i32)?;
-        a.mov(cr0, rax)?;
-        a.mov(dword_ptr(LINEAR), 4)
-    });
-    let end = guest.run();
-    assert_eq!(end.said, [3]);
-    let exception = end.exception();
-    assert_eq!((exception.vector, exception.error), (14, Some(3)));
-}
+on_each_engine!(
+    changes_of_wp_smep_and_paging_bits_in_control_registers_take_effect_at_once,
+    |engine| {
+        let mut guest = Guest::new(engine, Mode::LONG);
+        map(&mut guest, LINEAR, at::DATA, page::P);
+        guest.state.cr0 &= !cr0::WP;
+        guest.code(at::CODE, |a| {
+            a.mov(dword_ptr(LINEAR), 3)?;
+            a.mov(eax, dword_ptr(LINEAR))?;
+            say(a)?;
+            a.mov(rax, cr0)?;
+            a.or(eax, cr0::WP as u32 as i32)?;
+            a.mov(cr0, rax)?;
+            a.mov(dword_ptr(LINEAR), 4)
+        });
+        let end = guest.run();
+        assert_eq!(end.said, [3]);
+        let exception = end.exception();
+        assert_eq!((exception.vector, exception.error), (14, Some(3)));
+    }
+);
 
-#[test]
-fn a_cr3_that_names_no_memory_shuts_the_cpu_down() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(a_cr3_that_names_no_memory_shuts_the_cpu_down, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.code(at::CODE, |a| {
         a.mov(rax, 0x30_0000i64)?;
         a.mov(cr3, rax)?;
         done(a)
     });
     assert_eq!(guest.run().stop, Stop::TripleFault);
-}
+});
 
-#[test]
-fn device_registers_behind_paging_reach_the_machine_with_their_width() {
+on_each_engine!(device_registers_behind_paging_reach_the_machine_with_their_width, |engine| {
     use arch::GuestPhysical;
     use cputest::machine::Access;
-    let mut guest = Guest::new(Mode::LONG);
+    let mut guest = Guest::new(engine, Mode::LONG);
     map(&mut guest, LINEAR, 0xd000_0000, page::P | page::W);
     guest.code(at::CODE, |a| {
         a.mov(eax, 0x1122_3344)?;
@@ -450,4 +440,4 @@ fn device_registers_behind_paging_reach_the_machine_with_their_width() {
         Access::Write(at(16), 0),
     ];
     assert_eq!(log, wanted);
-}
+});

@@ -3,12 +3,12 @@
 use arch::registers::{gpr, rflags};
 use cputest::layout::{read_u64, write, write_u64};
 use cputest::micro::{Guest, Mode, at, done, say};
+use cputest::on_each_engine;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-#[test]
-fn ports_the_tss_allows_are_open_to_user_code_and_others_are_not() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(ports_the_tss_allows_are_open_to_user_code_and_others_are_not, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.start_in_user_mode();
     guest.state.segments.tr.limit = 0x68 + 0x100;
     write(&guest.memory, at::TSS + 0x68, &[0xff; 0x100]);
@@ -23,17 +23,16 @@ fn ports_the_tss_allows_are_open_to_user_code_and_others_are_not() {
     let exception = end.exception();
     assert_eq!(end.said, [5]);
     assert_eq!((exception.vector, exception.error), (13, Some(0)));
-}
+});
 
-#[test]
-fn popf_changes_if_and_iopl_only_with_the_privilege() {
+on_each_engine!(popf_changes_if_and_iopl_only_with_the_privilege, |engine| {
     // (IOPL, user, flags that an attempt to set IF and IOPL leaves)
     for (iopl, user, expected) in [
         (0u64, false, rflags::IF | rflags::IOPL),
         (0, true, 0),
         (3, true, rflags::IF | rflags::IOPL),
     ] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         let start = if user { at::USER } else { at::CODE };
         if user {
             guest.start_in_user_mode();
@@ -49,11 +48,10 @@ fn popf_changes_if_and_iopl_only_with_the_privilege() {
         let end = guest.run();
         assert_eq!(end.state.gpr[gpr::RBX] & (rflags::IF | rflags::IOPL), expected);
     }
-}
+});
 
-#[test]
-fn fxsave_and_xsave_keep_all_vector_state_over_a_round_trip() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(fxsave_and_xsave_keep_all_vector_state_over_a_round_trip, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     let mut pattern = [0u8; 256];
     for (n, byte) in pattern.iter_mut().enumerate() {
         *byte = (n as u8).wrapping_mul(7);
@@ -85,11 +83,10 @@ fn fxsave_and_xsave_keep_all_vector_state_over_a_round_trip() {
     assert_eq!(end.state.fpu.0[576..832], before.0[576..832]);
     assert_eq!(end.state.fpu.0[0..6], before.0[0..6]);
     assert_eq!(read_u64(&guest.memory, at::DATA + 512) & 6, 6, "SSE and AVX were in use");
-}
+});
 
-#[test]
-fn xrstor_of_a_bad_header_raises_gp() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(xrstor_of_a_bad_header_raises_gp, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     write_u64(&guest.memory, at::DATA + 512, 1 << 9);
     guest.code(at::CODE, |a| {
         a.mov(eax, -1i32)?;
@@ -99,10 +96,9 @@ fn xrstor_of_a_bad_header_raises_gp() {
     });
     let exception = guest.run().exception();
     assert_eq!((exception.vector, exception.error), (13, Some(0)));
-}
+});
 
-#[test]
-fn control_registers_refuse_combinations_that_do_not_exist() {
+on_each_engine!(control_registers_refuse_combinations_that_do_not_exist, |engine| {
     type Code = fn(&mut CodeAssembler) -> Result<(), IcedError>;
     let codes: [Code; 5] = [
         // PG without PE, NW without CD, PAE off in long mode, a reserved CR4 bit, XCR0 without x87.
@@ -134,7 +130,7 @@ fn control_registers_refuse_combinations_that_do_not_exist() {
         },
     ];
     for (n, code) in codes.into_iter().enumerate() {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         guest.code(at::CODE, |a| {
             code(a)?;
             done(a)
@@ -142,12 +138,11 @@ fn control_registers_refuse_combinations_that_do_not_exist() {
         let exception = guest.run().exception();
         assert_eq!((exception.vector, exception.error), (13, Some(0)), "case {n}");
     }
-}
+});
 
-#[test]
-fn unknown_msrs_raise_gp() {
+on_each_engine!(unknown_msrs_raise_gp, |engine| {
     for write in [false, true] {
-        let mut guest = Guest::new(Mode::LONG);
+        let mut guest = Guest::new(engine, Mode::LONG);
         guest.code(at::CODE, |a| {
             a.mov(ecx, 0x1234_5678)?;
             if write { a.wrmsr() } else { a.rdmsr() }
@@ -155,11 +150,10 @@ fn unknown_msrs_raise_gp() {
         let exception = guest.run().exception();
         assert_eq!((exception.vector, exception.error), (13, Some(0)));
     }
-}
+});
 
-#[test]
-fn cpuid_reports_a_64_bit_processor_with_its_own_apic_id() {
-    let mut guest = Guest::new(Mode::LONG);
+on_each_engine!(cpuid_reports_a_64_bit_processor_with_its_own_apic_id, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
     guest.code(at::CODE, |a| {
         a.mov(eax, 1)?;
         a.cpuid()?;
@@ -180,4 +174,4 @@ fn cpuid_reports_a_64_bit_processor_with_its_own_apic_id() {
         done(a)
     });
     assert_eq!(guest.run().done(), [0, 1, 1]);
-}
+});

@@ -4,10 +4,12 @@
 //! this process, to look at it.
 use cputest::campaign::{child, parent};
 use cputest::fuzz::Fuzzer;
+use cputest::under_test::EngineUnderTest;
 use std::process::ExitCode;
 use std::time::Duration;
 
-const USAGE: &str = "usage: fuzz-cpu [--minutes M | --seconds S] [--seed N] [--case SEED]";
+const USAGE: &str =
+    "usage: fuzz-cpu [--engine soft|kvm] [--minutes M | --seconds S] [--seed N] [--case SEED]";
 
 fn main() -> ExitCode {
     match run(&std::env::args().skip(1).collect::<Vec<_>>()) {
@@ -20,29 +22,34 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    if let [flag, first, time] = arguments
+    if let [flag, engine, first, time] = arguments
         && flag == "--child"
     {
-        child(first.parse()?, Duration::from_millis(time.parse()?))?;
+        child(engine.parse()?, first.parse()?, Duration::from_millis(time.parse()?))?;
         return Ok(ExitCode::SUCCESS);
     }
     let (mut seconds, mut seed) = (60u64, 1u64);
+    let mut engine = EngineUnderTest::Soft;
     for pair in arguments.chunks(2) {
         let [flag, value] = pair else { return Err(USAGE.into()) };
+        if flag == "--engine" {
+            engine = value.parse()?;
+            continue;
+        }
         let value: u64 = value.parse().map_err(|_| USAGE)?;
         match flag.as_str() {
             "--minutes" => seconds = value * 60,
             "--seconds" => seconds = value,
             "--seed" => seed = value,
             "--case" => {
-                println!("{:?}", Fuzzer::new()?.run(value)?);
+                println!("{:?}", Fuzzer::new(engine)?.run(value)?);
                 return Ok(ExitCode::SUCCESS);
             }
             _ => return Err(USAGE.into()),
         }
     }
     let program = std::env::current_exe()?;
-    let findings = parent(&program, seed, Duration::from_secs(seconds), 100)?;
+    let findings = parent(&program, engine, seed, Duration::from_secs(seconds), 100)?;
     println!(
         "{} cases from seed {seed}, {} shut the guest down, {} failures",
         findings.cases,
