@@ -2,84 +2,12 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod common;
 
-use arch::VcpuState;
-use arch::registers::xcr0;
+use arch::msr;
 use common::{Guest, Mode, at, done, engine, say};
 use cputest::layout::{read, write};
 use cputest::whole_state::{differences, whole_state};
-use engine::{Engine, Vcpu};
+use engine::Engine;
 use iced_x86::code_asm::*;
-
-fn cpu(engine: &dyn Engine) -> Box<dyn Vcpu> {
-    let (vm, _memory) = cputest::machine::make_vm(engine, at::RAM, 1).unwrap();
-    vm.create_vcpu(0).unwrap()
-}
-
-/// A state with something in every leaf that this host's KVM can hold.
-fn holdable(vcpu: &mut dyn Vcpu) -> VcpuState {
-    let mut state = whole_state(false);
-    if let Err(error) = vcpu.set_state(&state) {
-        // KVM on PVM drops it, and is found out.
-        let error = error.to_string();
-        assert!(error.contains("does not keep") && error.contains("spec_ctrl"), "{error}");
-        assert!(!kvm::HostKvm::probe().is_hardware_backed(), "{error}");
-        assert!(state.msrs.set(arch::msr::SPEC_CTRL, 0));
-    }
-    state
-}
-
-#[test]
-fn a_state_with_something_in_every_leaf_is_read_back_whole() {
-    let Some(engine) = engine() else { return };
-    let mut vcpu = cpu(&engine);
-    let fresh = vcpu.state().unwrap();
-    let state = holdable(vcpu.as_mut());
-    vcpu.set_state(&state).unwrap();
-    assert_eq!(differences(&state, &vcpu.state().unwrap()), [""; 0]);
-    // And nothing of it is left behind.
-    vcpu.set_state(&fresh).unwrap();
-    assert_eq!(differences(&fresh, &vcpu.state().unwrap()), [""; 0]);
-}
-
-#[test]
-fn avx512_and_protection_keys_are_read_back_or_refused_by_name() {
-    let Some(engine) = engine() else { return };
-    let mut vcpu = cpu(&engine);
-    let held = holdable(vcpu.as_mut());
-    for pkru in [true, false] {
-        let mut state = VcpuState { msrs: held.msrs.clone(), ..whole_state(true) };
-        if !pkru {
-            state.pkru = 0;
-            state.xcr0 &= !xcr0::PKRU;
-        }
-        match vcpu.set_state(&state) {
-            Ok(()) => assert_eq!(differences(&state, &vcpu.state().unwrap()), [""; 0]),
-            Err(error) => {
-                let error = error.to_string();
-                let named = ["AVX-512", "PKRU", "XCR0"].iter().any(|name| error.contains(name));
-                assert!(named, "{error}");
-            }
-        }
-    }
-}
-
-#[test]
-fn the_clock_goes_on_from_where_it_was_saved_where_hardware_keeps_it() {
-    let Some(engine) = engine() else { return };
-    let (vm, _memory) = cputest::machine::make_vm(&engine, at::RAM, 1).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    let mut state = vcpu.state().unwrap();
-    let before = state.tsc;
-    state.tsc = 1 << 60;
-    vcpu.set_state(&state).unwrap();
-    let later = vcpu.state().unwrap().tsc;
-    if kvm::HostKvm::probe().is_hardware_backed() {
-        assert!((1 << 60..1 << 61).contains(&later), "{later:#x}");
-    } else {
-        // KVM on PVM shows guests the host's counter, whatever is set.
-        assert!((1 << 60..1 << 61).contains(&later) || later > before, "{later:#x}");
-    }
-}
 
 #[test]
 fn control_registers_that_cannot_be_are_refused_with_their_values() {
@@ -96,8 +24,16 @@ fn control_registers_that_cannot_be_are_refused_with_their_values() {
 fn each_engine_takes_the_others_state_and_gives_it_back() {
     let Some(kvm) = engine() else { return };
     let soft = soft::SoftEngine::new().unwrap();
+    let cpu = |engine: &dyn Engine| {
+        let (vm, _memory) = cputest::machine::make_vm(engine, at::RAM, 1).unwrap();
+        vm.create_vcpu(0).unwrap()
+    };
     let (mut on_kvm, mut on_soft) = (cpu(&kvm), cpu(&soft));
-    let state = holdable(on_kvm.as_mut());
+    let mut state = whole_state(false);
+    if !kvm::HostKvm::probe().is_hardware_backed() {
+        // KVM on PVM does not keep it.
+        assert!(state.msrs.set(msr::SPEC_CTRL, 0));
+    }
     on_kvm.set_state(&state).unwrap();
     on_soft.set_state(&on_kvm.state().unwrap()).unwrap();
     let from_soft = on_soft.state().unwrap();

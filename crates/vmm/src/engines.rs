@@ -1,6 +1,6 @@
 //! The engines that this program has, by name.
 use engine::{Engine, EngineError};
-use kvm::{Access, DEVICE_PATH, HostKvm, KvmEngine, Virtualisation};
+use kvm::{DEVICE_PATH, HostKvm, KvmEngine, Virtualisation};
 use soft::SoftEngine;
 use std::sync::Arc;
 
@@ -69,6 +69,7 @@ pub fn automatic(host: &HostKvm) -> (EngineChoice, Option<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvm::Access;
 
     fn choice(access: Access, virtualisation: Virtualisation) -> (EngineChoice, Option<String>) {
         automatic(&HostKvm { access, virtualisation })
