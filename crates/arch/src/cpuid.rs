@@ -1,6 +1,5 @@
 //! The CPU that a guest sees: a table of CPUID leaves, engine-neutral.
-use crate::FeatureSet;
-use crate::feature::Word;
+use crate::{Feature, FeatureSet};
 use alloc::vec::Vec;
 
 /// One leaf (and subleaf) of CPUID and its answer.
@@ -49,10 +48,19 @@ impl CpuModel {
 
     /// The features that it announces, of those that have a name.
     pub fn features(&self) -> FeatureSet {
-        Word::ALL.iter().fold(FeatureSet::EMPTY, |set, word| {
-            let value = self.query(word.leaf, word.subleaf)[word.register as usize];
-            set.or(word.features(value))
-        })
+        let (mut set, mut word, mut value) = (FeatureSet::EMPTY, None, 0);
+        for feature in Feature::ALL {
+            let place = feature.word();
+            // The features of a word follow each other.
+            if word != Some(place) {
+                word = Some(place);
+                value = self.query(place.leaf, place.subleaf)[place.register as usize];
+            }
+            if value & feature.mask() != 0 {
+                set = set.with(*feature);
+            }
+        }
+        set
     }
 
     /// What a guest that has seen this model would miss on another one. A guest may go on only
@@ -70,7 +78,6 @@ impl CpuModel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Feature;
     use std::vec;
 
     fn model(result: [u32; 4]) -> CpuModel {

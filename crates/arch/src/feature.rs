@@ -3,7 +3,6 @@
 //!
 //! Sources: Intel SDM 2A CPUID, AMD APM 3 appendix E; for KVM's own leaf the kernel's
 //! Documentation/virt/kvm/x86/cpuid.rst.
-use crate::FeatureSet;
 use core::fmt;
 
 /// A register of CPUID's answer.
@@ -95,16 +94,6 @@ impl Feature {
 impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-impl Word {
-    /// The features of this word that a value announces.
-    pub fn features(self, value: u32) -> FeatureSet {
-        Feature::ALL
-            .iter()
-            .filter(|feature| feature.word() == self && value & feature.mask() != 0)
-            .fold(FeatureSet::EMPTY, |set, feature| set.with(*feature))
     }
 }
 

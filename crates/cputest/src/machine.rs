@@ -1,5 +1,5 @@
 //! What every test needs around a vCPU: the engine, memory, and a watchdog.
-use arch::GuestPhysical;
+use arch::{CpuModel, GuestPhysical};
 use engine::{Engine, EngineError, GuestMemory, Kick, VcpuIo, Vm, VmConfig};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,11 +16,23 @@ pub fn make_vm(
     size: u64,
     vcpus: u32,
 ) -> Result<(Arc<dyn Vm>, Arc<GuestMemory>), EngineError> {
+    make_vm_on(engine, engine.host_cpu(), size, vcpus)
+}
+
+/// As [`make_vm`], with a CPU model.
+///
+/// # Errors
+/// As [`make_vm`]; and the engine lacks what the model has.
+pub fn make_vm_on(
+    engine: &dyn Engine,
+    cpu: CpuModel,
+    size: u64,
+    vcpus: u32,
+) -> Result<(Arc<dyn Vm>, Arc<GuestMemory>), EngineError> {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), size as usize)])
         .map_err(|e| EngineError::Unsupported(format!("guest memory: {e}")))?;
     let memory = Arc::new(memory);
-    let config =
-        VmConfig { memory: memory.clone(), read_only: Vec::new(), cpu: engine.host_cpu(), vcpus };
+    let config = VmConfig { memory: memory.clone(), read_only: Vec::new(), cpu, vcpus };
     Ok((engine.create_vm(config)?, memory))
 }
 

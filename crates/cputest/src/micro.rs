@@ -5,10 +5,10 @@
 //! is little more than the code it runs and what it expects. Guest code reports values through
 //! port [`SAY`] and ends at port [`crate::machine::DONE`].
 use crate::layout::{PageTables, Paging, descriptor, gate32, gate64, page, read, write, write_u64};
-use crate::machine::{Access, DONE, Recorder, Watchdog, make_vm};
+use crate::machine::{Access, DONE, Recorder, Watchdog, make_vm_on};
 use crate::under_test::EngineUnderTest;
 use arch::registers::{cr0, cr4, efer, gpr, rflags};
-use arch::{DescriptorTable, Segment, SegmentName, VcpuState};
+use arch::{CpuModel, DescriptorTable, Segment, SegmentName, VcpuState};
 use engine::{EngineError, GuestMemory, Halt, Vcpu, Vm};
 use iced_x86::IcedError;
 use iced_x86::code_asm::CodeAssembler;
@@ -216,7 +216,20 @@ impl Guest {
         mode: Mode,
         count: u32,
     ) -> Result<Self, EngineError> {
-        let (vm, memory) = make_vm(engine.make()?.as_ref(), at::RAM, count)?;
+        Self::on(engine, &engine.make()?.host_cpu(), mode, count)
+    }
+
+    /// A machine with a CPU model.
+    ///
+    /// # Errors
+    /// As [`Self::with_vcpus`]; and the engine lacks what the model has.
+    pub fn on(
+        engine: EngineUnderTest,
+        cpu: &CpuModel,
+        mode: Mode,
+        count: u32,
+    ) -> Result<Self, EngineError> {
+        let (vm, memory) = make_vm_on(engine.make()?.as_ref(), cpu.clone(), at::RAM, count)?;
         let mut vcpus = (0..count).map(|n| vm.create_vcpu(n)).collect::<Result<Vec<_>, _>>()?;
         let io = Arc::new(Recorder::default());
         let kickers: Vec<_> = vcpus.iter().map(|v| v.kicker()).collect();

@@ -25,7 +25,9 @@ impl EngineUnderTest {
     pub fn make(self) -> Result<Arc<dyn Engine>, EngineError> {
         Ok(match self {
             Self::Soft => Arc::new(SoftEngine::new()?),
-            Self::Kvm => Arc::new(KvmEngine::with_companion(|| Ok(Arc::new(SoftEngine::new()?)))?),
+            Self::Kvm => {
+                Arc::new(KvmEngine::with_companion(|| Ok(Arc::new(SoftEngine::companion()?)))?)
+            }
         })
     }
 

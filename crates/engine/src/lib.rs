@@ -7,7 +7,7 @@
 //! and PIT are devices of the machine.
 #![forbid(unsafe_code)]
 
-use arch::{CpuModel, GuestPhysical, VcpuState};
+use arch::{CpuModel, FeatureSet, GuestPhysical, VcpuState};
 use std::sync::Arc;
 
 /// Guest RAM: vm-memory's mapping of guest-physical ranges to anonymous memory. Engines and
@@ -167,4 +167,18 @@ pub enum EngineError {
     /// A defect of the engine itself.
     #[error("engine defect: {0}; the VM was stopped")]
     Defect(String),
+}
+
+/// Whether a CPU with these features can hold a state: for engines to ask at the start of
+/// [`Vcpu::set_state`].
+///
+/// # Errors
+/// Names the features that it lacks.
+pub fn check_state(state: &VcpuState, features: FeatureSet) -> Result<(), EngineError> {
+    arch::requirements::check(state, features).map_err(|lacking| {
+        EngineError::Unsupported(format!(
+            "the state needs {lacking}, which the VM's CPU model lacks; give the VM the model with \
+             which the state was saved"
+        ))
+    })
 }

@@ -2,47 +2,86 @@
 //! AMD APM 3 appendix E; api.rst §4.20 and §4.46).
 use crate::error::refused;
 use crate::state::Layout;
-use arch::{CpuModel, CpuidEntry};
+use arch::cpuid::AMD_MIRRORED;
+use arch::{CpuModel, CpuidEntry, Feature, FeatureSet, Register, VcpuState, Word};
 use engine::EngineError;
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
 use kvm_ioctls::{Cap, Kvm};
+use std::arch::x86_64::__cpuid_count;
+use std::sync::OnceLock;
 
 const LEAF_TIMING: u32 = 0x4000_0010;
-/// "GenuineIntel" and its like number their topology otherwise than AMD and Hygon.
-const AMD_EBX: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
 
-const fn bits(list: &[u32]) -> u32 {
-    let mut word = 0;
-    let mut i = 0;
-    while i < list.len() {
-        word |= 1 << list[i];
-        i += 1;
-    }
-    word
-}
+/// Whether the neutral state has a place for AVX-512's registers.
+const AVX512_IN_STATE: bool = false;
 
-/// Leaf 1 ECX without what the engine does not carry: MONITOR, VMX, PDCM (a performance unit).
-const ONE_ECX: u32 = !bits(&[3, 5, 15]);
-const X2APIC: u32 = bits(&[21]);
-const TSC_DEADLINE: u32 = bits(&[24]);
-const HYPERVISOR: u32 = bits(&[31]);
-/// Leaf 7 without registers that the neutral state has no place for: AVX-512, protection keys,
-/// AMX, control-flow enforcement, Intel PT, MPX; and without SGX and WAITPKG.
-const SEVEN_EBX: u32 = !bits(&[2, 14, 16, 17, 21, 25, 26, 27, 28, 30, 31]);
-const SEVEN_ECX: u32 = !bits(&[1, 3, 4, 5, 6, 7, 11, 12, 14, 30, 31]);
-const SEVEN_EDX: u32 = !bits(&[2, 3, 8, 20, 22, 23, 24, 25]);
-/// Leaf 7, subleaf 1 EAX without AVX-512 BF16, FRED, AMX FP16; EDX without AVX10 and APX.
-const SEVEN_ONE_EAX: u32 = !bits(&[5, 17, 18, 21]);
-const SEVEN_ONE_EDX: u32 = !bits(&[8, 18, 19, 21]);
-/// Leaf 0DH, subleaf 1: XSAVEOPT, XSAVEC, XGETBV with ECX 1.
-const XSAVE_FORMS: u32 = 7;
-/// Leaf 8000_0001H ECX without SVM, IBS, SKINIT, LWP and the performance units.
-const EXTENDED_ECX: u32 = !bits(&[2, 10, 12, 15, 23, 24, 28]);
-/// KVM's own leaf: both clocks, no delay for I/O, steal time, end of interrupt in memory,
-/// kicking of halted vCPUs, TLB flushes, IPIs, yielding, stable clock.
-const KVM_FEATURES: u32 = bits(&[0, 1, 3, 5, 6, 7, 9, 11, 13, 24]);
+const AVX512: FeatureSet = FeatureSet::of(&[
+    Feature::Avx512f,
+    Feature::Avx512dq,
+    Feature::Avx512ifma,
+    Feature::Avx512pf,
+    Feature::Avx512er,
+    Feature::Avx512cd,
+    Feature::Avx512bw,
+    Feature::Avx512vl,
+    Feature::Avx512vbmi,
+    Feature::Avx512vbmi2,
+    Feature::Avx512vnni,
+    Feature::Avx512bitalg,
+    Feature::Avx512vpopcntdq,
+    Feature::Avx512Vnniw4,
+    Feature::Avx512Fmaps4,
+    Feature::Avx512vp2intersect,
+    Feature::Avx512fp16,
+    Feature::Avx512bf16,
+]);
+
+/// Features that the engine does not carry, though KVM may.
+const WITHHELD: FeatureSet = FeatureSet::of(&[
+    // Waiting for memory to change, performance units, profiling.
+    Feature::Monitor,
+    Feature::Pdcm,
+    Feature::Waitpkg,
+    Feature::IntelPt,
+    Feature::Ibs,
+    Feature::Lwp,
+    Feature::PerfctrCore,
+    Feature::PerfctrNb,
+    // Guests of guests, enclaves, system management.
+    Feature::Vmx,
+    Feature::Smx,
+    Feature::Svm,
+    Feature::Skinit,
+    Feature::Sgx,
+    Feature::SgxLaunchControl,
+    // Registers that the neutral state has no place for.
+    Feature::Mpx,
+    Feature::Pku,
+    Feature::Pks,
+    Feature::ShadowStack,
+    Feature::BranchTracking,
+    Feature::Uintr,
+    Feature::KeyLocker,
+    Feature::AmxTile,
+    Feature::AmxBf16,
+    Feature::AmxInt8,
+    Feature::AmxFp16,
+    Feature::AmxComplex,
+    Feature::Avx10,
+    Feature::Apx,
+    Feature::Xsaves,
+    Feature::Xfd,
+    Feature::Fred,
+    Feature::Lkgs,
+    // KVM's notices of host page faults, which need interrupts of their own.
+    Feature::KvmAsyncPageFault,
+]);
+
+/// Features that guests may have where KVM has them.
+const CARRIED: FeatureSet =
+    FeatureSet::ALL.minus(WITHHELD).minus(if AVX512_IN_STATE { FeatureSet::EMPTY } else { AVX512 });
 
 /// Leaves that describe what guests do not get: PMU, SGX, PT, AMX, AVX10, SVM, SEV, AMD's PMU.
 fn left_out(leaf: u32) -> bool {
@@ -52,35 +91,25 @@ fn left_out(leaf: u32) -> bool {
     )
 }
 
-/// What of a leaf's answer guests may see, as masks of EAX, EBX, ECX and EDX.
-fn allowed(leaf: u32, subleaf: u32) -> [u32; 4] {
-    const ALL: u32 = u32::MAX;
-    match (leaf, subleaf) {
-        (1, _) => [ALL, ALL, ONE_ECX, ALL],
-        (7, 0) => [ALL, SEVEN_EBX, SEVEN_ECX, SEVEN_EDX],
-        (7, 1) => [SEVEN_ONE_EAX, ALL, ALL, SEVEN_ONE_EDX],
-        (0xd, 0) => [7, ALL, ALL, 0],
-        (0xd, 1) => [XSAVE_FORMS, 0, 0, 0],
-        (0x8000_0001, _) => [ALL, ALL, EXTENDED_ECX, ALL],
-        (0x4000_0001, _) => [KVM_FEATURES, ALL, ALL, ALL],
-        _ => [ALL; 4],
+/// Takes what guests may not see out of a leaf's answer. Where bits are features, what has no
+/// name is not seen either.
+fn restrict(leaf: u32, subleaf: u32, result: &mut [u32; 4]) {
+    for word in Word::ALL.iter().filter(|word| (word.leaf, word.subleaf) == (leaf, subleaf)) {
+        let mirrored = match (leaf, word.register) {
+            (0x8000_0001, Register::Edx) => AMD_MIRRORED,
+            _ => 0,
+        };
+        result[word.register as usize] &= CARRIED.bits(*word) | mirrored;
     }
-}
-
-/// Whether the words of a leaf's answer are sets of features, which KVM must have each: EAX, EBX,
-/// ECX, EDX.
-fn are_features(leaf: u32, subleaf: u32) -> [bool; 4] {
+    let components = CARRIED.xcr0();
     match (leaf, subleaf) {
-        (1, _) => [false, false, true, true],
-        (7, 0) => [false, true, true, true],
-        (7, _) => [true; 4],
-        (0xd, 0 | 1) => [true, false, false, false],
-        (0x8000_0001, _) => [false, false, true, true],
-        (0x8000_0007, _) => [false, false, false, true],
-        (0x8000_0008, _) => [false, true, false, false],
-        (0x8000_0021, _) => [true, false, true, false],
-        (0x4000_0001, _) => [true, false, false, false],
-        _ => [false; 4],
+        // EAX is the last subleaf.
+        (7, 0) => result[0] = result[0].min(2),
+        (7, 1) => result[1..3].fill(0),
+        (7, _) => result[..3].fill(0),
+        (0xd, 0) => (result[0], result[3]) = (result[0] & components as u32, 0),
+        (0xd, 1) => result[1..].fill(0),
+        _ => {}
     }
 }
 
@@ -104,25 +133,8 @@ impl Supported {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("KVM does not say which CPU it offers (KVM_GET_SUPPORTED_CPUID)"))?;
-        let deadline = if kvm.check_extension(Cap::TscDeadlineTimer) { TSC_DEADLINE } else { 0 };
-        // A leaf that is not there reads as zero.
-        let empty = |e: &kvm_cpuid_entry2| e.eax | e.ebx | e.ecx | e.edx == 0;
-        let entries = supported.as_slice().iter().filter(|e| !left_out(e.function) && !empty(e));
-        let entries = entries.filter(|e| e.function != 0xd || e.index < 3).map(|e| {
-            let mut result = [e.eax, e.ebx, e.ecx, e.edx];
-            let masks = allowed(e.function, e.index);
-            result.iter_mut().zip(masks).for_each(|(word, mask)| *word &= mask);
-            match (e.function, e.index) {
-                (1, _) => result[2] |= X2APIC | HYPERVISOR | deadline,
-                (0xd, 0) => {
-                    let size = arch::FpuState::SIZE as u32;
-                    (result[1], result[2]) = (result[1].min(size), result[2].min(size));
-                }
-                _ => {}
-            }
-            CpuidEntry { leaf: e.function, subleaf: key(e), result }
-        });
-        let model = CpuModel::new(entries.collect());
+        let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        let model = CpuModel::new(offered(supported.as_slice(), deadline));
         let xsave = Layout::new(|component| {
             let leaf = |e: &&kvm_cpuid_entry2| e.function == 0xd && e.index == component;
             supported.as_slice().iter().find(leaf).filter(|e| e.eax != 0).map(|e| e.ebx)
@@ -135,23 +147,33 @@ impl Supported {
         self.model.clone()
     }
 
-    /// The CPUID of one vCPU of `count`: the VM's model without the features that KVM lacks, and
-    /// with what depends on the vCPU.
+    /// Whether KVM can give all that a model announces.
+    ///
+    /// # Errors
+    /// Names the features that it cannot give.
+    pub fn check(&self, model: &CpuModel) -> Result<(), EngineError> {
+        let missing = model.missing_on(&self.model);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(EngineError::Unsupported(format!(
+            "KVM on this host lacks {missing}, which the VM's CPU model has; give the VM another \
+             model"
+        )))
+    }
+
+    /// The CPUID of one vCPU of `count`: the VM's model with what depends on the vCPU.
     ///
     /// # Errors
     /// The model has more leaves than KVM takes.
-    pub fn of_vcpu(&self, model: &CpuModel, index: u32, count: u32) -> Result<CpuId, EngineError> {
+    pub fn of_vcpu(model: &CpuModel, index: u32, count: u32) -> Result<CpuId, EngineError> {
         let place = Place::new(model, index, count);
         let mut entries: Vec<_> = model
             .entries()
             .iter()
             .filter(|e| !matches!(e.leaf, 0xb | 0x8000_001e))
             .map(|e| {
-                let subleaf = e.subleaf.unwrap_or(0);
-                let offered = self.model.query(e.leaf, subleaf);
                 let mut result = e.result;
-                let words = result.iter_mut().zip(offered).zip(are_features(e.leaf, subleaf));
-                words.filter(|(_, features)| *features).for_each(|((w, o), _)| *w &= o);
                 place.adapt(e.leaf, &mut result);
                 entry(e.leaf, e.subleaf, result)
             })
@@ -164,6 +186,62 @@ impl Supported {
             ))
         })
     }
+}
+
+/// The leaves that guests may see, of those that KVM supports.
+fn offered(supported: &[kvm_cpuid_entry2], deadline: bool) -> Vec<CpuidEntry> {
+    // What KVM provides itself, whether it says so or not.
+    let own = FeatureSet::of(&[Feature::X2apic, Feature::Hypervisor]);
+    let own = if deadline { own.with(Feature::TscDeadline) } else { own };
+    let own = own.bits(Word { leaf: 1, subleaf: 0, register: Register::Ecx });
+    let components = CARRIED.xcr0();
+    // A leaf that is not there reads as zero.
+    let empty = |e: &kvm_cpuid_entry2| e.eax | e.ebx | e.ecx | e.edx == 0;
+    let component = |n: u32| n < 2 || components.checked_shr(n).is_some_and(|bits| bits & 1 != 0);
+    let seen: Vec<_> = supported
+        .iter()
+        .filter(|e| !left_out(e.function) && !empty(e) && (e.function != 0xd || component(e.index)))
+        .collect();
+    // An XSAVE area: the legacy region and the header, then components (size EAX, offset EBX).
+    let parts = seen.iter().filter(|e| e.function == 0xd && e.index >= 2);
+    let size = parts.map(|e| e.eax.saturating_add(e.ebx)).max().unwrap_or(576);
+    seen.iter()
+        .map(|e| {
+            let mut result = [e.eax, e.ebx, e.ecx, e.edx];
+            restrict(e.function, e.index, &mut result);
+            match (e.function, e.index) {
+                (1, _) => result[2] |= own,
+                (0xd, 0) => (result[1], result[2]) = (result[1].min(size), size),
+                _ => {}
+            }
+            CpuidEntry { leaf: e.function, subleaf: key(e), result }
+        })
+        .collect()
+}
+
+/// What guests have whatever their model says: on a KVM without hardware (KVM on PVM) they see the
+/// host's CPUID, of which KVM supports but a part.
+fn unhidden() -> FeatureSet {
+    static FEATURES: OnceLock<FeatureSet> = OnceLock::new();
+    *FEATURES.get_or_init(|| {
+        let entry = |(leaf, subleaf)| {
+            let r = __cpuid_count(leaf, subleaf);
+            CpuidEntry { leaf, subleaf: Some(subleaf), result: [r.eax, r.ebx, r.ecx, r.edx] }
+        };
+        let host = CpuModel::new([(1, 0), (7, 0), (0xd, 1), (0x8000_0001, 0)].map(entry).to_vec());
+        let features = host.features();
+        let backed = features.has(Feature::Vmx) || features.has(Feature::Svm);
+        if backed { FeatureSet::EMPTY } else { features.and(CARRIED) }
+    })
+}
+
+/// Whether a vCPU with the model of these features can hold a state.
+///
+/// # Errors
+/// Names the features that it lacks.
+pub fn check_state(state: &VcpuState, features: FeatureSet) -> Result<(), EngineError> {
+    engine::check_state(state, features)
+        .or_else(|_| engine::check_state(state, features.or(unhidden())))
 }
 
 /// How long a count of the model's LAPIC timer takes, where the model says so.
@@ -197,7 +275,7 @@ struct Place {
 impl Place {
     fn new(model: &CpuModel, index: u32, count: u32) -> Self {
         let bits = 32 - count.saturating_sub(1).leading_zeros();
-        Self { index, count, bits, amd: AMD_EBX.contains(&model.query(0, 0)[1]) }
+        Self { index, count, bits, amd: model.is_amd() }
     }
 
     /// Fills in what depends on the vCPU.
@@ -244,35 +322,110 @@ impl Place {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn supported(leaf: u32, result: [u32; 4]) -> Supported {
-        let model = CpuModel::new(vec![CpuidEntry { leaf, subleaf: None, result }]);
-        Supported { model, xsave: Layout::default() }
-    }
+    use arch::Baseline;
 
     fn find(cpuid: &CpuId, leaf: u32, subleaf: u32) -> kvm_cpuid_entry2 {
         let all = cpuid.as_slice();
         *all.iter().find(|e| e.function == leaf && e.index == subleaf).expect("the leaf is there")
     }
 
+    fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        let flags = if matches!(function, 7 | 0xd) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+        kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    /// What is offered of a KVM that supports everything, on a CPU of the first AVX-512 kind.
+    fn everything() -> CpuModel {
+        let all = u32::MAX;
+        let amd = u32::from_le_bytes(*b"Auth");
+        CpuModel::new(offered(
+            &[
+                leaf(0, 0, [0xd, amd, 0, 0]),
+                leaf(1, 0, [0, 0, all, all]),
+                leaf(6, 0, [4, 0, 0, 0]),
+                leaf(7, 0, [2, all, all, all]),
+                leaf(7, 1, [all; 4]),
+                leaf(0xd, 0, [0x602e7, 2696, 2696, 0]),
+                leaf(0xd, 1, [0x1f, 2696, 0x1800, 0]),
+                leaf(0xd, 2, [256, 576, 0, 0]),
+                leaf(0xd, 5, [64, 832, 0, 0]),
+                leaf(0xd, 6, [512, 896, 0, 0]),
+                leaf(0xd, 7, [1024, 1408, 0, 0]),
+                leaf(0xd, 9, [8, 2432, 0, 0]),
+                leaf(0x4000_0001, 0, [all, 0, 0, 0]),
+                leaf(0x8000_0001, 0, [0, 0, all, all]),
+                leaf(0x8000_0007, 0, [0, 0, 0, 0x100]),
+                leaf(0x8000_0008, 0, [0x3030, all, 0, 0]),
+            ],
+            true,
+        ))
+    }
+
     #[test]
-    fn features_that_kvm_lacks_are_taken_from_the_model() {
-        let model = CpuModel::new(vec![CpuidEntry {
-            leaf: 0x8000_0001,
-            subleaf: None,
-            result: [0x1234, 0, 0b111, 0b1100],
-        }]);
-        let kvm = supported(0x8000_0001, [0, 0, 0b011, 0b0100]);
-        let cpuid = kvm.of_vcpu(&model, 0, 1).expect("few leaves");
-        let leaf = find(&cpuid, 0x8000_0001, 0);
-        assert_eq!((leaf.eax, leaf.ecx, leaf.edx), (0x1234, 0b011, 0b0100));
+    fn what_the_neutral_state_has_no_place_for_is_not_offered() {
+        let features = everything().features();
+        for feature in [Feature::Avx512f, Feature::Pku, Feature::AmxTile, Feature::ShadowStack] {
+            assert!(!features.has(feature), "{feature}");
+        }
+        assert_eq!(features.consistent(), features);
+        let model = everything();
+        assert_eq!(model.query(0xd, 0), [7, 832, 832, 0]);
+        assert_eq!((model.query(0xd, 2), model.query(0xd, 5)), ([256, 576, 0, 0], [0; 4]));
+        assert_eq!(model.query(0xd, 1), [7, 0, 0, 0]);
+    }
+
+    #[test]
+    fn bits_without_a_name_are_not_offered_but_amds_repeated_ones_are() {
+        let model = everything();
+        // TM2 and OSXSAVE of leaf 1; bits 0 to 4 of leaf 8000_0001H.
+        assert_eq!(model.query(1, 0)[2] & (1 << 8 | 1 << 27), 0);
+        assert_eq!(model.query(0x8000_0001, 0)[3] & 0x1f, 0x1f);
+    }
+
+    #[test]
+    fn the_baselines_up_to_v3_are_offered_and_v4_lacks_its_registers() {
+        let host = everything();
+        for baseline in [Baseline::V2, Baseline::V3] {
+            let model = baseline.on(&host).expect("it has all");
+            let kvm = Supported { model: host.clone(), xsave: Layout::default() };
+            kvm.check(&model).expect("it has all");
+        }
+        let missing = Baseline::V4.on(&host).expect_err("the state has no place").to_string();
+        assert_eq!(missing, "avx512f, avx512dq, avx512cd, avx512bw, avx512vl");
+    }
+
+    #[test]
+    fn what_kvm_is_handed_is_exactly_the_baseline() {
+        let model = Baseline::V3.on(&everything()).expect("it has all");
+        let cpuid = Supported::of_vcpu(&model, 0, 1).expect("few leaves");
+        let entries = cpuid.as_slice().iter().map(|e| CpuidEntry {
+            leaf: e.function,
+            subleaf: key(e),
+            result: [e.eax, e.ebx, e.ecx, e.edx],
+        });
+        let handed = CpuModel::new(entries.collect());
+        assert_eq!(handed.features(), Baseline::V3.features(true));
+        let brand = (0x8000_0002..0x8000_0005).map(|leaf| handed.query(leaf, 0));
+        assert!(brand.eq((0x8000_0002..0x8000_0005).map(|leaf| model.query(leaf, 0))));
+    }
+
+    #[test]
+    fn a_model_with_features_that_kvm_lacks_is_refused_by_their_names() {
+        let one = |ecx| {
+            let result = [0, 0, ecx, 0];
+            CpuModel::new(vec![CpuidEntry { leaf: 0x8000_0001, subleaf: None, result }])
+        };
+        let kvm = Supported { model: one(1), xsave: Layout::default() };
+        let error = kvm.check(&one(0b110_0001)).expect_err("it lacks two").to_string();
+        assert!(error.contains("lacks abm, sse4a,"), "{error}");
+        assert!(kvm.check(&one(1)).is_ok());
     }
 
     #[test]
     fn each_vcpu_knows_its_number_and_how_many_there_are() {
         let one = CpuidEntry { leaf: 1, subleaf: None, result: [0, 0x0800, 0, 0] };
         let model = CpuModel::new(vec![one]);
-        let cpuid = supported(1, [0; 4]).of_vcpu(&model, 2, 3).expect("few leaves");
+        let cpuid = Supported::of_vcpu(&model, 2, 3).expect("few leaves");
         assert_eq!(find(&cpuid, 1, 0).ebx, 0x0203_0800);
         assert_eq!(find(&cpuid, 0xb, 1).eax, 2);
         assert_eq!(find(&cpuid, 0xb, 1).edx, 2);

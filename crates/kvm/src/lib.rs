@@ -39,7 +39,7 @@ pub type Companion = fn() -> Result<Arc<dyn Engine>, EngineError>;
 pub struct KvmEngine {
     kvm: Kvm,
     /// Asking KVM takes as long as making the VM.
-    cpuid: Arc<cpuid::Supported>,
+    cpuid: cpuid::Supported,
     companion: Option<Companion>,
 }
 
@@ -52,7 +52,7 @@ impl KvmEngine {
     pub fn new() -> Result<Self, EngineError> {
         attention::install()?;
         let kvm = host::open()?;
-        let cpuid = Arc::new(cpuid::Supported::read(&kvm)?);
+        let cpuid = cpuid::Supported::read(&kvm)?;
         Ok(Self { kvm, cpuid, companion: None })
     }
 
@@ -80,6 +80,6 @@ impl Engine for KvmEngine {
     }
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
-        Ok(Arc::new(vm::KvmVm::new(&self.kvm, self.cpuid.clone(), config, self.companion)?))
+        Ok(Arc::new(vm::KvmVm::new(&self.kvm, &self.cpuid, config, self.companion)?))
     }
 }

@@ -1,6 +1,7 @@
 //! A vCPU: the run loop, and the contract's view of it.
 use crate::attention::{Attention, Presence};
 use crate::completion::Completer;
+use crate::cpuid::Supported;
 use crate::error::{element, refused};
 use crate::exits::{InternalError, PortAccess, mmio_write};
 use crate::vm::VmShared;
@@ -57,7 +58,7 @@ impl KvmVcpu {
             "KVM does not make vCPU {index}; raise this process's limit of open files \
              (`ulimit -n`) or locked memory, or give the guest fewer CPUs"
         )))?;
-        let entries = shared.cpuid.of_vcpu(&shared.config.cpu, index, shared.config.vcpus)?;
+        let entries = Supported::of_vcpu(&shared.config.cpu, index, shared.config.vcpus)?;
         fd.set_cpuid2(&entries)
             .map_err(refused("KVM does not take the VM's CPU model (KVM_SET_CPUID2)"))?;
         let mut regs = fd.get_regs().map_err(element("read", "the general registers"))?;
@@ -71,7 +72,8 @@ impl KvmVcpu {
     }
 
     fn holder(&self) -> state::Holder<'_> {
-        state::Holder { vcpu: &self.fd, msrs: &self.msrs, layout: &self.shared.cpuid.xsave }
+        let VmShared { features, xsave, .. } = &*self.shared;
+        state::Holder { vcpu: &self.fd, msrs: &self.msrs, features: *features, layout: xsave }
     }
 
     fn cycle(&mut self, io: &dyn VcpuIo, presence: &Presence<'_>) -> Result<Halt, EngineError> {
@@ -173,12 +175,13 @@ impl KvmVcpu {
 
     /// Has the instruction that KVM does not know executed by the companion engine.
     fn complete(&mut self, io: &dyn VcpuIo) -> Result<Option<Halt>, EngineError> {
-        let completer = match &mut self.completer {
+        let mut completer = match self.completer.take() {
             Some(completer) => completer,
-            none => none.insert(self.shared.completer()?),
+            None => self.shared.completer()?,
         };
-        let layout = &self.shared.cpuid.xsave;
-        completer.complete(state::Holder { vcpu: &self.fd, msrs: &self.msrs, layout }, io)
+        let result = completer.complete(self.holder(), io);
+        self.completer = Some(completer);
+        result
     }
 
     fn give_nmi(&self) -> Result<(), EngineError> {

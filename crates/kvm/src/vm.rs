@@ -6,7 +6,9 @@ use crate::cpuid;
 use crate::error::refused;
 use crate::memory::MappedVm;
 use crate::routes::{IOAPIC_ROUTES, LevelRoutes};
+use crate::state::Layout;
 use crate::vcpu::KvmVcpu;
+use arch::FeatureSet;
 use engine::{EngineError, Msi, Vcpu, Vm, VmConfig};
 use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_APIC_BUS_CYCLES_NS,
@@ -40,8 +42,10 @@ pub struct VmShared {
     pub attention: Vec<Arc<Attention>>,
     /// The PIC's INTR output.
     pub pic_output: AtomicBool,
-    /// CPUID as KVM can give it.
-    pub cpuid: Arc<cpuid::Supported>,
+    /// What the VM's CPU model announces.
+    pub features: FeatureSet,
+    /// Where vector registers lie.
+    pub xsave: Layout,
     created: [AtomicU64; 4],
     routes: Mutex<LevelRoutes>,
     companion: Option<Companion>,
@@ -66,7 +70,7 @@ impl KvmVm {
     /// The configuration asks for more than KVM has, or the host refuses something.
     pub fn new(
         kvm: &Kvm,
-        cpuid: Arc<cpuid::Supported>,
+        cpuid: &cpuid::Supported,
         config: VmConfig,
         companion: Option<Companion>,
     ) -> Result<Self, EngineError> {
@@ -77,6 +81,7 @@ impl KvmVm {
                 config.vcpus
             )));
         }
+        cpuid.check(&config.cpu)?;
         let fd = kvm.create_vm().map_err(refused(
             "KVM does not make a VM; another hypervisor may hold the CPU's virtualisation",
         ))?;
@@ -86,10 +91,11 @@ impl KvmVm {
         Ok(Self {
             shared: Arc::new(VmShared {
                 mapped,
+                features: config.cpu.features(),
+                xsave: cpuid.xsave,
                 config,
                 attention,
                 pic_output: AtomicBool::new(false),
-                cpuid,
                 created: [const { AtomicU64::new(0) }; 4],
                 routes: Mutex::default(),
                 companion,

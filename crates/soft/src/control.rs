@@ -4,9 +4,9 @@ use crate::exception::{Exception, Flow};
 use crate::execute::Done;
 use crate::mmu::PHYSICAL_BITS;
 use crate::operand::operand_segment;
-use arch::SegmentName;
 use arch::registers::gpr::{RAX, RCX, RDX};
 use arch::registers::{cr0, cr4, efer, xcr0};
+use arch::{Feature, SegmentName};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 const CR0_BITS: u64 = cr0::PE
@@ -133,8 +133,7 @@ fn set_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
 
 /// CR4 bits that this CPU has, given its CPUID.
 fn cr4_bits(cpu: &Cpu) -> u64 {
-    let [_, ebx, ecx, _] = cpu.vm.model.query(7, 0);
-    let [_, _, features, _] = cpu.vm.model.query(1, 0);
+    let features = cpu.vm.model.features();
     let mut bits = cr4::TSD
         | cr4::DE
         | cr4::PSE
@@ -144,14 +143,14 @@ fn cr4_bits(cpu: &Cpu) -> u64 {
         | cr4::PCE
         | cr4::OSFXSR
         | cr4::OSXMMEXCPT;
-    let mut offer = |on: bool, bit: u64| bits |= if on { bit } else { 0 };
-    offer(ecx & 1 << 2 != 0, cr4::UMIP);
-    offer(ecx & 1 << 16 != 0, cr4::LA57);
-    offer(ebx & 1 != 0, cr4::FSGSBASE);
-    offer(ebx & 1 << 7 != 0, cr4::SMEP);
-    offer(ebx & 1 << 20 != 0, cr4::SMAP);
-    offer(features & 1 << 17 != 0, cr4::PCIDE);
-    offer(features & 1 << 26 != 0, cr4::OSXSAVE);
+    let mut offer = |feature, bit| bits |= if features.has(feature) { bit } else { 0 };
+    offer(Feature::Umip, cr4::UMIP);
+    offer(Feature::La57, cr4::LA57);
+    offer(Feature::Fsgsbase, cr4::FSGSBASE);
+    offer(Feature::Smep, cr4::SMEP);
+    offer(Feature::Smap, cr4::SMAP);
+    offer(Feature::Pcid, cr4::PCIDE);
+    offer(Feature::Xsave, cr4::OSXSAVE);
     bits
 }
 
@@ -288,7 +287,7 @@ pub(crate) fn xcr(cpu: &mut Cpu, insn: &Instruction) -> Done {
     if insn.mnemonic() == Mnemonic::Xgetbv {
         let value = match index {
             0 => cpu.sys.xcr0,
-            1 => cpu.sys.xcr0 & crate::xsave::in_use(cpu),
+            1 if cpu.vm.features.has(Feature::Xgetbv1) => cpu.sys.xcr0 & crate::xsave::in_use(cpu),
             _ => return Err(Exception::GP0),
         };
         cpu.gpr[RAX] = value & 0xffff_ffff;

@@ -3,10 +3,11 @@
 use crate::clock::{APIC_HZ, tsc_khz};
 use crate::cpu::Cpu;
 use crate::mmu::PHYSICAL_BITS;
+use arch::cpuid::AMD_MIRRORED;
 use arch::registers::gpr::{RAX, RBX, RCX, RDX};
 use arch::registers::{cr4, xcr0};
-use arch::{CpuModel, CpuidEntry};
-use iced_x86::{CpuidFeature as F, Instruction, Mnemonic};
+use arch::{CpuModel, CpuidEntry, Feature, FeatureSet, Register, Word};
+use engine::EngineError;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
@@ -30,42 +31,114 @@ pub(crate) const ARCH_CAPABILITIES: u64 = 1
     | 1 << 27
     | 1 << 62;
 
-const AMD_EBX: u32 = u32::from_le_bytes(*b"Auth");
-const HYGON_EBX: u32 = u32::from_le_bytes(*b"Hygo");
 const LEAF_HYPERVISOR: u32 = 0x4000_0000;
 const LEAF_TIMING: u32 = 0x4000_0010;
 
-const fn bits(list: &[u32]) -> u32 {
-    let mut word = 0;
-    let mut i = 0;
-    while i < list.len() {
-        word |= 1 << list[i];
-        i += 1;
-    }
-    word
-}
+/// Offered where the host has them: their instructions run on its CPU.
+const NATIVE: FeatureSet = FeatureSet::of(&[
+    Feature::Sse3,
+    Feature::Pclmulqdq,
+    Feature::Ssse3,
+    Feature::Fma,
+    Feature::Cx16,
+    Feature::Pcid,
+    Feature::Sse41,
+    Feature::Sse42,
+    Feature::Movbe,
+    Feature::Popcnt,
+    Feature::Aes,
+    // Its instructions are helpers, but the AVX state comes and goes by the host's.
+    Feature::Xsave,
+    Feature::Avx,
+    Feature::F16c,
+    Feature::Rdrand,
+    Feature::Fpu,
+    Feature::De,
+    Feature::Pse,
+    Feature::Tsc,
+    Feature::Msr,
+    Feature::Pae,
+    Feature::Mce,
+    Feature::Cx8,
+    Feature::Apic,
+    Feature::Sep,
+    Feature::Mtrr,
+    Feature::Pge,
+    Feature::Mca,
+    Feature::Cmov,
+    Feature::Pat,
+    Feature::Pse36,
+    Feature::Clflush,
+    Feature::Mmx,
+    Feature::Fxsr,
+    Feature::Sse,
+    Feature::Sse2,
+    Feature::Bmi1,
+    Feature::Avx2,
+    Feature::Bmi2,
+    Feature::Erms,
+    Feature::Invpcid,
+    Feature::Rdseed,
+    Feature::Adx,
+    Feature::Clflushopt,
+    Feature::Clwb,
+    Feature::Sha,
+    Feature::Gfni,
+    Feature::Vaes,
+    Feature::Vpclmulqdq,
+    Feature::La57,
+    Feature::Rdpid,
+    Feature::Fsrm,
+    Feature::LahfLm,
+    Feature::Lzcnt,
+    Feature::Sse4a,
+    Feature::MisalignSse,
+    Feature::Prefetchw,
+    Feature::Syscall,
+    Feature::Nx,
+    Feature::MmxExt,
+    Feature::Pdpe1gb,
+    Feature::Rdtscp,
+    Feature::Lm,
+]);
 
-/// Leaf 1 ECX where the host has it: SSE3, PCLMUL, SSSE3, FMA, CX16, PCID, SSE4.1, SSE4.2, MOVBE,
-/// POPCNT, AES, XSAVE, AVX, F16C, RDRAND.
-const ONE_ECX: u32 = bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
-/// Always: x2APIC, TSC deadline, hypervisor.
-const ONE_ECX_ALWAYS: u32 = bits(&[21, 24, 31]);
-/// Leaf 1 EDX, in every 64-bit CPU: FPU DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT
-/// PSE36 CLFLUSH MMX FXSR SSE SSE2.
-const ONE_EDX: u32 =
-    bits(&[0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26]);
-/// Leaf 7 EBX: BMI1, AVX2, BMI2, ERMS, INVPCID, RDSEED, ADX, CLFLUSHOPT, CLWB, SHA.
-const SEVEN_EBX: u32 = bits(&[3, 5, 8, 9, 10, 18, 19, 23, 24, 29]);
-/// Always: FSGSBASE, TSC_ADJUST, SMEP, SMAP.
-const SEVEN_EBX_ALWAYS: u32 = bits(&[0, 1, 7, 20]);
-/// Leaf 7 ECX: GFNI, VAES, VPCLMULQDQ, LA57, RDPID.
-const SEVEN_ECX: u32 = bits(&[8, 9, 10, 16, 22]);
-/// Always: UMIP.
-const SEVEN_ECX_ALWAYS: u32 = bits(&[2]);
-/// Leaf 8000_0001H ECX: LAHF, LZCNT, SSE4A, misaligned SSE, PREFETCHW.
-const EXTENDED_ECX: u32 = bits(&[0, 5, 6, 7, 8]);
-/// Leaf 8000_0001H EDX: SYSCALL, NX, MMXEXT, 1 GiB pages, RDTSCP, long mode.
-const EXTENDED_EDX: u32 = bits(&[11, 20, 22, 26, 27, 29]);
+/// Offered on every host: the engine's own doing.
+const OWN: FeatureSet = FeatureSet::of(&[
+    Feature::X2apic,
+    Feature::TscDeadline,
+    Feature::Hypervisor,
+    // The LAPIC timer never stops.
+    Feature::Arat,
+    Feature::Fsgsbase,
+    Feature::TscAdjust,
+    Feature::Smep,
+    Feature::Smap,
+    Feature::Umip,
+    Feature::Xsaveopt,
+    Feature::Xsavec,
+    Feature::Xgetbv1,
+    Feature::InvariantTsc,
+]);
+
+/// For Intel's kind: [`ARCH_CAPABILITIES`] says that nothing needs mitigation.
+const OWN_INTEL: FeatureSet = FeatureSet::of(&[Feature::SpecCtrl, Feature::ArchCapabilities]);
+
+/// For AMD's kind: topology leaves, and that nothing needs mitigation. Automatic IBRS spares
+/// guests their retpolines.
+const OWN_AMD: FeatureSet = FeatureSet::of(&[
+    Feature::TopologyExtensions,
+    Feature::SsbNo,
+    Feature::BtcNo,
+    Feature::LfenceSerializing,
+    Feature::NullSelectorClearsBase,
+    Feature::AutoIbrs,
+    Feature::SrsoNo,
+    Feature::TsaSqNo,
+    Feature::TsaL1No,
+]);
+
+/// Held in a state though not announced on every host: paging with five levels.
+const HELD: FeatureSet = FeatureSet::of(&[Feature::La57]);
 
 /// CPUID of the host. It traps to an outer hypervisor where there is one: not for hot paths.
 fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
@@ -73,130 +146,151 @@ fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
     [r.eax, r.ebx, r.ecx, r.edx]
 }
 
-fn is_amd(ebx: u32) -> bool {
-    matches!(ebx, AMD_EBX | HYGON_EBX)
-}
-
 /// Whether the guest's CPU is AMD's (or a licensee's): where the vendors differ, it decides.
 pub(crate) fn amd(cpu: &Cpu) -> bool {
-    is_amd(cpu.vm.model.query(0, 0)[1])
+    cpu.vm.model.is_amd()
 }
 
 /// The CPU that guests of this engine see by default on this host.
-pub fn host_model() -> CpuModel {
+pub fn host_model() -> &'static CpuModel {
     static MODEL: OnceLock<CpuModel> = OnceLock::new();
-    MODEL.get_or_init(build_model).clone()
+    MODEL.get_or_init(build_model)
+}
+
+/// Whether this engine can give all that a model announces.
+///
+/// # Errors
+/// Names the features that it cannot give.
+pub fn check(model: &CpuModel) -> Result<(), EngineError> {
+    let missing = model.missing_on(host_model()).minus(HELD);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(EngineError::Unsupported(format!(
+        "the soft engine on this host lacks {missing}, which the VM's CPU model has; give the VM \
+         another model"
+    )))
+}
+
+/// The features that a state may need on a model.
+pub fn held(model: &CpuModel) -> FeatureSet {
+    model.features().or(HELD)
+}
+
+/// What guests get of the host's features, and from the engine itself.
+fn features(host: &CpuModel) -> FeatureSet {
+    let own = if host.is_amd() { OWN_AMD } else { OWN_INTEL };
+    host.features().and(NATIVE).or(OWN).or(own).consistent()
 }
 
 fn build_model() -> CpuModel {
-    let mut entries = Vec::new();
-    let [max, ebx, ecx, edx] = host(0, 0);
-    let amd = is_amd(ebx);
-    add(&mut entries, 0, None, [if amd { 0xd } else { 0x16 }, ebx, ecx, edx]);
-    basic(&mut entries, max, amd);
-    hypervisor(&mut entries);
-    extended(&mut entries, amd);
-    CpuModel::new(entries)
+    let leaves = [0, 1, 7, 0x8000_0000, 0x8000_0001];
+    let entry = |leaf| CpuidEntry { leaf, subleaf: Some(0), result: host(leaf, 0) };
+    let host = CpuModel::new(leaves.map(entry).to_vec());
+    let mut table = Table { entries: Vec::new(), features: features(&host), host };
+    table.basic();
+    table.hypervisor();
+    table.extended();
+    CpuModel::new(table.entries)
 }
 
-fn add(entries: &mut Vec<CpuidEntry>, leaf: u32, subleaf: Option<u32>, result: [u32; 4]) {
-    entries.push(CpuidEntry { leaf, subleaf, result });
+/// The model under construction.
+struct Table {
+    entries: Vec<CpuidEntry>,
+    features: FeatureSet,
+    /// The leaves of the host from which the features come.
+    host: CpuModel,
 }
 
-fn basic(entries: &mut Vec<CpuidEntry>, max: u32, amd: bool) {
-    let [version, _, ecx, edx] = host(1, 0);
-    let mut features = (ecx & ONE_ECX) | ONE_ECX_ALWAYS;
-    // XSAVE's instructions are helpers, but the AVX state comes and goes by the host's.
-    let avx = features & bits(&[26, 28]) == bits(&[26, 28]);
-    if !avx {
-        features &= !bits(&[12, 28, 29]);
+impl Table {
+    fn add(&mut self, leaf: u32, subleaf: Option<u32>, result: [u32; 4]) {
+        self.entries.push(CpuidEntry { leaf, subleaf, result });
     }
-    add(entries, 1, None, [version, 8 << 8, features, edx & ONE_EDX]);
-    if !amd {
-        add(entries, 2, None, host(2, 0));
-        caches(entries, 4);
+
+    /// The features in a register of an answer.
+    fn bits(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {
+        self.features.bits(Word { leaf, subleaf, register })
     }
-    // ARAT: the LAPIC timer never stops.
-    add(entries, 6, None, [4, 0, 0, 0]);
-    if max >= 7 {
-        let [_, ebx, ecx, edx] = host(7, 0);
-        let vex = if avx { u32::MAX } else { !bits(&[5]) };
-        let vector = if avx { u32::MAX } else { !bits(&[9, 10]) };
-        // FSRM; for Intel IBRS and ARCH_CAPABILITIES, which say that nothing needs mitigation.
-        let edx = edx & bits(&[4]) | if amd { 0 } else { bits(&[26, 29]) };
-        let ebx = (ebx & SEVEN_EBX & vex) | SEVEN_EBX_ALWAYS;
-        let ecx = (ecx & SEVEN_ECX & vector) | SEVEN_ECX_ALWAYS;
-        add(entries, 7, Some(0), [0, ebx, ecx, edx]);
-    }
-    if features & bits(&[26]) != 0 {
-        let (components, size) = if avx { (7, 832) } else { (3, 576) };
-        add(entries, 0xd, Some(0), [components, size, size, 0]);
-        // XSAVEOPT, XSAVEC, XGETBV with ECX 1.
-        add(entries, 0xd, Some(1), [7, 0, 0, 0]);
-        if avx {
-            add(entries, 0xd, Some(2), [256, 576, 0, 0]);
+
+    fn basic(&mut self) {
+        use Register::{Eax, Ebx, Ecx, Edx};
+        let amd = self.host.is_amd();
+        let [_, ebx, ecx, edx] = self.host.query(0, 0);
+        self.add(0, None, [if amd { 0xd } else { 0x16 }, ebx, ecx, edx]);
+        let version = self.host.query(1, 0)[0];
+        self.add(1, None, [version, 8 << 8, self.bits(1, 0, Ecx), self.bits(1, 0, Edx)]);
+        if !amd {
+            self.add(2, None, host(2, 0));
+            self.caches(4);
+        }
+        self.add(6, None, [self.bits(6, 0, Eax), 0, 0, 0]);
+        let [ebx, ecx, edx] = [Ebx, Ecx, Edx].map(|register| self.bits(7, 0, register));
+        self.add(7, Some(0), [0, ebx, ecx, edx]);
+        let components = self.features.xcr0();
+        if components != 0 {
+            let avx = components & xcr0::AVX != 0;
+            let size = if avx { 832 } else { 576 };
+            self.add(0xd, Some(0), [components as u32, size, size, 0]);
+            self.add(0xd, Some(1), [self.bits(0xd, 1, Eax), 0, 0, 0]);
+            if avx {
+                self.add(0xd, Some(2), [256, 576, 0, 0]);
+            }
+        }
+        if !amd {
+            let khz = tsc_khz();
+            let crystal_khz = APIC_HZ / 1000;
+            let numerator = (khz * 1000 / crystal_khz) as u32;
+            self.add(0x15, None, [1000, numerator, APIC_HZ as u32, 0]);
+            let mhz = (khz / 1000) as u32;
+            self.add(0x16, None, [mhz, mhz, 100, 0]);
         }
     }
-    if !amd {
-        let khz = tsc_khz();
-        let crystal_khz = APIC_HZ / 1000;
-        let numerator = (khz * 1000 / crystal_khz) as u32;
-        add(entries, 0x15, None, [1000, numerator, APIC_HZ as u32, 0]);
-        let mhz = (khz / 1000) as u32;
-        add(entries, 0x16, None, [mhz, mhz, 100, 0]);
-    }
-}
 
-/// Cache parameters; how many vCPUs share them is filled in when the guest asks.
-fn caches(entries: &mut Vec<CpuidEntry>, leaf: u32) {
-    for subleaf in 0..8 {
-        let result = host(leaf, subleaf);
-        if result[0] & 0x1f == 0 {
-            break;
-        }
-        add(entries, leaf, Some(subleaf), result);
-    }
-}
-
-fn hypervisor(entries: &mut Vec<CpuidEntry>) {
-    let name = |part: &[u8; 4]| u32::from_le_bytes(*part);
-    let signature = [LEAF_TIMING, name(b"Bivi"), name(b"sorB"), name(b"ivis")];
-    add(entries, LEAF_HYPERVISOR, None, signature);
-    let timing = [tsc_khz() as u32, (APIC_HZ / 1000) as u32, 0, 0];
-    add(entries, LEAF_TIMING, None, timing);
-}
-
-fn extended(entries: &mut Vec<CpuidEntry>, amd: bool) {
-    let [max, ..] = host(0x8000_0000, 0);
-    let [_, ebx, ecx, edx] = host(0, 0);
-    let vendor = if amd { [ebx, ecx, edx] } else { [0; 3] };
-    let top = if amd { 0x8000_0021 } else { 0x8000_0008 };
-    add(entries, 0x8000_0000, None, [top, vendor[0], vendor[1], vendor[2]]);
-    let [version, brand, ecx, edx] = host(0x8000_0001, 0);
-    let mut features = edx & EXTENDED_EDX;
-    let mut more = ecx & EXTENDED_ECX;
-    if amd {
-        // The AMD leaf repeats leaf 1; and its topology leaves exist.
-        features |= ONE_EDX & 0x0183_f3ff;
-        more |= bits(&[22]);
-    }
-    add(entries, 0x8000_0001, None, [version, brand & 0xf000_0000, more, features]);
-    for leaf in 0x8000_0002..=0x8000_0006 {
-        if leaf <= max && (amd || leaf != 0x8000_0005) {
-            add(entries, leaf, None, host(leaf, 0));
+    /// Cache parameters; how many vCPUs share them is filled in when the guest asks.
+    fn caches(&mut self, leaf: u32) {
+        for subleaf in 0..8 {
+            let result = host(leaf, subleaf);
+            if result[0] & 0x1f == 0 {
+                break;
+            }
+            self.add(leaf, Some(subleaf), result);
         }
     }
-    // Invariant TSC.
-    add(entries, 0x8000_0007, None, [0, 0, 0, 1 << 8]);
-    let linear = if host(7, 0)[2] & 1 << 16 != 0 { 57 } else { 48 };
-    // SSB_NO and BTC_NO for AMD: nothing to mitigate.
-    let immune = if amd { bits(&[26, 29]) } else { 0 };
-    add(entries, 0x8000_0008, None, [PHYSICAL_BITS | linear << 8, immune, 0, 0]);
-    if amd {
-        caches(entries, 0x8000_001d);
-        // LFENCE serialises, null selectors clear bases, automatic IBRS (which spares guests
-        // their retpolines), SRSO_NO; ECX: TSA_SQ_NO, TSA_L1_NO.
-        add(entries, 0x8000_0021, None, [bits(&[2, 6, 8, 29]), 0, bits(&[1, 2]), 0]);
+
+    fn hypervisor(&mut self) {
+        let name = |part: &[u8; 4]| u32::from_le_bytes(*part);
+        let signature = [LEAF_TIMING, name(b"Bivi"), name(b"sorB"), name(b"ivis")];
+        self.add(LEAF_HYPERVISOR, None, signature);
+        self.add(LEAF_TIMING, None, [tsc_khz() as u32, (APIC_HZ / 1000) as u32, 0, 0]);
+    }
+
+    fn extended(&mut self) {
+        use Register::{Eax, Ebx, Ecx, Edx};
+        let amd = self.host.is_amd();
+        let max = self.host.query(0x8000_0000, 0)[0];
+        let [_, ebx, ecx, edx] = self.host.query(0, 0);
+        let vendor = if amd { [ebx, ecx, edx] } else { [0; 3] };
+        let top = if amd { 0x8000_0021 } else { 0x8000_0008 };
+        self.add(0x8000_0000, None, [top, vendor[0], vendor[1], vendor[2]]);
+        let [version, brand, ..] = self.host.query(0x8000_0001, 0);
+        let mirrored = if amd { self.bits(1, 0, Edx) & AMD_MIRRORED } else { 0 };
+        let ecx = self.bits(0x8000_0001, 0, Ecx);
+        let edx = self.bits(0x8000_0001, 0, Edx) | mirrored;
+        self.add(0x8000_0001, None, [version, brand & 0xf000_0000, ecx, edx]);
+        for leaf in 0x8000_0002..=0x8000_0006 {
+            if leaf <= max && (amd || leaf != 0x8000_0005) {
+                self.add(leaf, None, host(leaf, 0));
+            }
+        }
+        self.add(0x8000_0007, None, [0, 0, 0, self.bits(0x8000_0007, 0, Edx)]);
+        let linear = if self.features.has(Feature::La57) { 57 } else { 48 };
+        let ebx = self.bits(0x8000_0008, 0, Ebx);
+        self.add(0x8000_0008, None, [PHYSICAL_BITS | linear << 8, ebx, 0, 0]);
+        if amd {
+            self.caches(0x8000_001d);
+            let (eax, ecx) = (self.bits(0x8000_0021, 0, Eax), self.bits(0x8000_0021, 0, Ecx));
+            self.add(0x8000_0021, None, [eax, 0, ecx, 0]);
+        }
     }
 }
 
@@ -268,83 +362,4 @@ fn topology(level: u32, vcpus: u32, id: u32) -> [u32; 4] {
 /// Bytes of the XSAVE area for the components now enabled.
 fn xsave_size(cpu: &Cpu) -> u32 {
     if cpu.sys.xcr0 & xcr0::AVX != 0 { 832 } else { 576 }
-}
-
-/// Whether the guest's CPU does not have an instruction, although the decoder knows it.
-pub fn hidden(insn: &Instruction) -> bool {
-    // These lie in the space of reserved NOPs: without the feature they do nothing.
-    if matches!(insn.mnemonic(), Mnemonic::Rdsspd | Mnemonic::Rdsspq) {
-        return false;
-    }
-    !insn.cpuid_features().iter().all(|f| offered(*f))
-}
-
-fn offered(feature: F) -> bool {
-    matches!(
-        feature,
-        F::INTEL8086
-            | F::INTEL186
-            | F::INTEL286
-            | F::INTEL386
-            | F::INTEL486
-            | F::X64
-            | F::ADX
-            | F::AES
-            | F::AVX
-            | F::AVX2
-            | F::BMI1
-            | F::BMI2
-            | F::CET_IBT
-            | F::CLDEMOTE
-            | F::CLFLUSHOPT
-            | F::CLFSH
-            | F::CLWB
-            | F::CMOV
-            | F::CMPXCHG16B
-            | F::CPUID
-            | F::CX8
-            | F::F16C
-            | F::FMA
-            | F::FPU
-            | F::FPU287
-            | F::FPU387
-            | F::FSGSBASE
-            | F::FXSR
-            | F::GFNI
-            | F::INVPCID
-            | F::LZCNT
-            | F::MMX
-            | F::MOVBE
-            | F::MSR
-            | F::MULTIBYTENOP
-            | F::PAUSE
-            | F::PCLMULQDQ
-            | F::POPCNT
-            | F::PREFETCHITI
-            | F::PREFETCHW
-            | F::PREFETCHWT1
-            | F::RDPID
-            | F::RDPMC
-            | F::RDRAND
-            | F::RDSEED
-            | F::RDTSCP
-            | F::SEP
-            | F::SHA
-            | F::SMAP
-            | F::SSE
-            | F::SSE2
-            | F::SSE3
-            | F::SSE4A
-            | F::SSE4_1
-            | F::SSE4_2
-            | F::SSSE3
-            | F::SYSCALL
-            | F::TSC
-            | F::VAES
-            | F::VPCLMULQDQ
-            | F::WBNOINVD
-            | F::XSAVE
-            | F::XSAVEC
-            | F::XSAVEOPT
-    )
 }

@@ -25,9 +25,6 @@ pub fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Exception> {
 }
 
 fn dispatch(cpu: &mut Cpu, insn: &Instruction) -> Done {
-    if cpuid::hidden(insn) {
-        return Err(Exception::INVALID_OPCODE);
-    }
     if insn.is_string_instruction() {
         return strings::execute(cpu, insn);
     }

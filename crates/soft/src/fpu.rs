@@ -84,11 +84,8 @@ fn unit(insn: &Instruction) -> Unit {
 /// Whether an instruction of x87, MMX, SSE or AVX may run in this mode; all others may.
 ///
 /// # Errors
-/// #UD where it is not enabled or not offered, #NM where the task was switched.
+/// #UD where it is not enabled, #NM where the task was switched.
 pub fn fpu_allowed(mode: Mode, insn: &Instruction) -> Result<(), Exception> {
-    if crate::cpuid::hidden(insn) {
-        return Err(Exception::INVALID_OPCODE);
-    }
     if insn.encoding() == EncodingKind::VEX && mode.real_segments() {
         return Err(Exception::INVALID_OPCODE);
     }

@@ -4,7 +4,7 @@ use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::mmu::Want;
 use crate::thunks::exit;
-use crate::translate::classify::{Class, classify};
+use crate::translate::classify::{Class, classify_for};
 use arch::SegmentName;
 use iced_x86::Instruction;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -211,7 +211,7 @@ pub extern "sysv64" fn execute(cpu: *mut Cpu, insn: *const Instruction) -> u32 {
 }
 
 fn dispatch(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Exception> {
-    match classify(insn) {
+    match classify_for(insn, &cpu.vm.instructions) {
         Class::Invalid => Err(Exception::INVALID_OPCODE),
         Class::Helper | Class::HelperEnd | Class::ReadTsc => crate::execute::execute(cpu, insn),
         // A native class comes here only where the FPU is not to be used: that is the exception.

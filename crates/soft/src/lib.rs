@@ -25,6 +25,7 @@ mod exception;
 mod execute;
 mod fpu;
 mod helpers;
+mod instruction_set;
 mod interrupt;
 mod lapic;
 mod legacy;
@@ -55,6 +56,7 @@ mod vm;
 mod xsave;
 
 use engine::{Engine, EngineError, Msi, Vcpu, Vm, VmConfig};
+use instruction_set::InstructionSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -66,11 +68,14 @@ pub struct Options {
     pub precise_flags: bool,
     /// Bytes of translated code that a vCPU keeps before it throws all of it away, at least 64 KiB.
     pub code_cache: usize,
+    /// Take any CPU model and any state, whether or not the model has all that it needs: for an
+    /// engine that executes single instructions on behalf of another one.
+    pub companion: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { precise_flags: false, code_cache: 64 << 20 }
+        Self { precise_flags: false, code_cache: 64 << 20, companion: false }
     }
 }
 
@@ -87,6 +92,14 @@ impl SoftEngine {
     /// The host CPU lacks what the engine needs, or refuses signal handlers.
     pub fn new() -> Result<Self, EngineError> {
         Self::with_options(Options::default())
+    }
+
+    /// The engine that executes single instructions on behalf of another one.
+    ///
+    /// # Errors
+    /// As [`SoftEngine::new`].
+    pub fn companion() -> Result<Self, EngineError> {
+        Self::with_options(Options { companion: true, ..Options::default() })
     }
 
     /// The engine with other options.
@@ -111,7 +124,7 @@ impl Engine for SoftEngine {
     }
 
     fn host_cpu(&self) -> arch::CpuModel {
-        cpuid::host_model()
+        cpuid::host_model().clone()
     }
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
@@ -122,11 +135,19 @@ impl Engine for SoftEngine {
                 self.max_vcpus()
             )));
         }
+        let mut features = cpuid::held(&config.cpu);
+        if self.options.companion {
+            features = features.or(cpuid::host_model().features());
+        } else {
+            cpuid::check(&config.cpu)?;
+        }
         let read_only: Vec<_> = config.read_only.iter().map(|(a, len)| (a.0, *len)).collect();
         Ok(Arc::new(SoftVm {
             shared: Arc::new(vm::VmShared {
                 options: self.options,
                 ram: ram::Ram::new(config.memory, &read_only),
+                features,
+                instructions: InstructionSet::new(features),
                 model: config.cpu,
                 mailboxes: (0..config.vcpus).map(|_| vm::Mailbox::default()).collect(),
                 pic_output: false.into(),

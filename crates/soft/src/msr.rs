@@ -6,7 +6,7 @@ use crate::execute::Done;
 use arch::msr as number;
 use arch::registers::gpr::{RAX, RCX, RDX};
 use arch::registers::{cr0, efer};
-use arch::{Msrs, SegmentName};
+use arch::{Feature, Msrs, SegmentName};
 
 /// LAPIC registers as MSRs.
 const X2APIC_END: u32 = number::X2APIC + 0x3f;
@@ -75,8 +75,22 @@ fn storage(cpu: &mut Cpu, index: u32) -> Option<&mut u64> {
     })
 }
 
+/// Whether the CPU model has a register.
+fn exists(cpu: &Cpu, index: u32) -> bool {
+    let has = |list: &[Feature]| list.iter().any(|feature| cpu.vm.features.has(*feature));
+    match index {
+        number::TSC_AUX => has(&[Feature::Rdtscp, Feature::Rdpid]),
+        number::ARCH_CAPABILITIES => has(&[Feature::ArchCapabilities]),
+        number::SPEC_CTRL => has(&[Feature::SpecCtrl]),
+        _ => true,
+    }
+}
+
 /// The value of a register, or `None` for one that this CPU does not have.
 pub(crate) fn read(cpu: &mut Cpu, index: u32) -> Option<u64> {
+    if !exists(cpu, index) {
+        return None;
+    }
     if let Some(slot) = storage(cpu, index) {
         return Some(*slot);
     }
@@ -104,7 +118,7 @@ pub(crate) fn read(cpu: &mut Cpu, index: u32) -> Option<u64> {
             }
         }
         number::FEATURE_CONTROL if intel => 1,
-        number::ARCH_CAPABILITIES if intel => crate::cpuid::ARCH_CAPABILITIES,
+        number::ARCH_CAPABILITIES => crate::cpuid::ARCH_CAPABILITIES,
         // Bit 24: the time-stamp counter does not follow the core's frequency.
         number::HWCR if !intel => 1 << 24,
         number::SYSCFG if !intel => 0,
@@ -134,6 +148,7 @@ pub(crate) fn write(cpu: &mut Cpu, index: u32, value: u64) -> Option<()> {
     match index {
         number::PAT if !valid_pat(value) => return None,
         number::TSC_AUX if value >> 32 != 0 => return None,
+        _ if !exists(cpu, index) => return None,
         number::MTRR_DEF_TYPE if value & !0xcff != 0 => return None,
         _ => {}
     }

@@ -12,6 +12,9 @@ impl StateHolder for Cpu {
     type Error = EngineError;
 
     fn check(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        if !self.vm.options.companion {
+            engine::check_state(state, self.vm.features)?;
+        }
         let refuse = |what: String| {
             Err(EngineError::Unsupported(format!(
                 "the state uses {what}, which the soft engine lacks"

@@ -1,6 +1,7 @@
 //! What the vCPUs of one VM share: memory, mailboxes, and which pages hold translated code.
+use crate::instruction_set::InstructionSet;
 use crate::ram::Ram;
-use arch::CpuModel;
+use arch::{CpuModel, FeatureSet};
 use engine::Msi;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -14,6 +15,10 @@ pub struct VmShared {
     pub ram: Ram,
     /// The CPU shown to the guest.
     pub model: CpuModel,
+    /// What a state may need: what the model announces, and a little more.
+    pub features: FeatureSet,
+    /// The instructions that the model has.
+    pub instructions: InstructionSet,
     /// One mailbox a vCPU.
     pub mailboxes: Vec<Mailbox>,
     /// Level of the PIC's output.

@@ -43,7 +43,7 @@ pub fn engine(choice: EngineChoice) -> Result<Selection, EngineError> {
 
 /// The engine for the instructions that KVM's emulator does not know.
 fn companion() -> Result<Arc<dyn Engine>, EngineError> {
-    Ok(Arc::new(SoftEngine::new()?))
+    Ok(Arc::new(SoftEngine::companion()?))
 }
 
 /// What is best on a host, and in one line why it is not KVM where it is not.

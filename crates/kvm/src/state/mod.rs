@@ -13,8 +13,9 @@ mod registers;
 pub use fpu::Layout;
 pub use msrs::Available;
 
+use crate::cpuid;
 use crate::error::element;
-use arch::{Element, MpState, StateHolder, VcpuState, msr};
+use arch::{Element, FeatureSet, MpState, StateHolder, VcpuState, msr};
 use engine::EngineError;
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
@@ -29,6 +30,8 @@ pub struct Holder<'a> {
     pub vcpu: &'a VcpuFd,
     /// The MSRs that its KVM has.
     pub msrs: &'a Available,
+    /// What its CPU model announces.
+    pub features: FeatureSet,
     /// Where its vector registers lie.
     pub layout: &'a Layout,
 }
@@ -37,6 +40,7 @@ impl StateHolder for Holder<'_> {
     type Error = EngineError;
 
     fn check(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        cpuid::check_state(state, self.features)?;
         self.layout.check(state)?;
         self.msrs.check(state)
     }

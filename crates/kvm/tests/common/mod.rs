@@ -43,7 +43,7 @@ pub enum Mode {
 
 /// The engine, or `None` where this host has no KVM, which is then checked to be explained.
 pub fn engine() -> Option<KvmEngine> {
-    explained(KvmEngine::with_companion(|| Ok(Arc::new(soft::SoftEngine::new()?))))
+    explained(KvmEngine::with_companion(|| Ok(Arc::new(soft::SoftEngine::companion()?))))
 }
 
 /// The engine without anything to help it.

@@ -1,9 +1,9 @@
 //! What the translator does with each kind of guest instruction.
 //!
-//! The rule is a whitelist: an instruction runs natively only if the guest's CPUID offers all that
-//! it needs, its one memory operand (if any) is explicit and of known size, and it is neither
+//! The rule is a whitelist: an instruction runs natively only if the guest's CPU has it, its one memory operand (if any) is explicit and of known size, and it is neither
 //! privileged nor able to show the host's state. Everything else goes to `execute`, which raises
 //! #UD for what the guest's CPU does not have.
+use crate::instruction_set::{self, InstructionSet};
 use iced_x86::{
     Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
     InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
@@ -60,8 +60,17 @@ pub enum Class {
 
 static CLASSES: [AtomicU8; 16384] = [const { AtomicU8::new(0) }; 16384];
 
-/// Classifies an instruction; the answer depends on its code and on whether it has a memory
-/// operand.
+/// Classifies an instruction for a guest.
+pub fn classify_for(insn: &Instruction, instructions: &InstructionSet) -> Class {
+    match classify(insn) {
+        class @ (Class::Nothing | Class::Invalid) => class,
+        class if instructions.has(insn) => class,
+        _ => Class::Invalid,
+    }
+}
+
+/// Classifies an instruction that the guest's CPU has; the answer depends on its code and on
+/// whether it has a memory operand.
 pub fn classify(insn: &Instruction) -> Class {
     let memory = has_memory(insn);
     let slot = (insn.code() as usize) << 1 | usize::from(memory);
@@ -116,7 +125,7 @@ fn compute(insn: &Instruction, memory: bool) -> Class {
     if hint(insn.mnemonic()) {
         return Class::Nothing;
     }
-    if !offered(insn) {
+    if unsupported(insn) {
         return Class::Invalid;
     }
     if insn.flow_control() != FlowControl::Next {
@@ -371,13 +380,12 @@ fn uses_vectors(insn: &Instruction) -> bool {
     })
 }
 
-/// Whether the guest's CPU has the instruction. (One that it has but the host has not raises #UD
-/// natively.)
-fn offered(insn: &Instruction) -> bool {
-    !matches!(
+/// Whether the engine does not have the instruction.
+fn unsupported(insn: &Instruction) -> bool {
+    matches!(
         insn.encoding(),
         EncodingKind::EVEX | EncodingKind::XOP | EncodingKind::D3NOW | EncodingKind::MVEX
-    ) && !crate::cpuid::hidden(insn)
+    ) || instruction_set::is_unknown(insn)
 }
 
 /// How the instruction uses its explicit memory operand.

@@ -1,16 +1,17 @@
 //! Reading and decoding guest code, and looking ahead for live flags.
 #![allow(unsafe_code)]
-use super::classify::{Class, classify};
+use super::classify::{Class, classify_for};
 use super::flags::{self, ALL, Flags};
 use super::{Step, helped, successor};
 use crate::cache::{Key, Source};
 use crate::cpu::Cpu;
 use crate::emit::control::Successor;
 use crate::exception::Exception;
+use crate::instruction_set::InstructionSet;
 use crate::mode::Mode;
 use crate::ram::Ram;
 use arch::SegmentName;
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Code, Decoder, DecoderError, Instruction, Mnemonic};
 
 /// Instructions in a block at most.
 const MAX_STEPS: usize = 48;
@@ -60,6 +61,7 @@ pub fn copy(ram: &Ram, start: u64, to: &mut [u8]) -> Option<()> {
 /// What the look-ahead needs of its surroundings.
 struct Ahead<'a> {
     ram: &'a Ram,
+    instructions: &'a InstructionSet,
     mode: Mode,
     /// Pages that may be looked at: guest address and guest-physical address.
     pages: Vec<(u64, u64)>,
@@ -110,12 +112,18 @@ impl Cpu {
     /// Decodes up to `limit` instructions; an error means that the first one is cut off.
     fn decode(&self, key: Key, bytes: &[u8], limit: usize) -> Result<(Vec<Step>, usize), ()> {
         let mode = key.mode;
-        let mut decoder = Decoder::with_ip(mode.code().bits(), bytes, key.pc, DecoderOptions::NONE);
+        let (instructions, bits) = (&self.vm.instructions, mode.code().bits());
+        let options = instructions.decoder_options();
+        let mut decoder = Decoder::with_ip(bits, bytes, key.pc, options);
         let mut steps = Vec::with_capacity(16);
         let mut len = 0;
         let cs_limit = u64::from(self.segment(SegmentName::Cs).limit);
         while steps.len() < limit && decoder.can_decode() {
-            let insn = decoder.decode();
+            let mut insn = decoder.decode();
+            if matches!(insn.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr) {
+                // A prefix that the guest's CPU ignores makes another instruction on the host's.
+                insn.set_has_repe_prefix(false);
+            }
             if decoder.last_error() == DecoderError::NoMoreBytes {
                 if steps.is_empty() && bytes.len() < MAX_LENGTH {
                     return Err(());
@@ -133,7 +141,7 @@ impl Cpu {
             if !mode.is_64() && !steps.is_empty() && end > cs_limit {
                 break;
             }
-            let class = refine(&insn, mode);
+            let class = refine(&insn, mode, instructions);
             len = insn.next_ip().wrapping_sub(key.pc) as usize & 0xffff;
             steps.push(step(insn, class));
             if ends(class) || helped(class, &insn, mode) && super::is_transfer(class) {
@@ -170,7 +178,8 @@ impl Cpu {
         for pc in target_pc.into_iter().chain([next_pc]).filter(|&pc| !near(pc)) {
             pages.extend(self.visible_page(pc));
         }
-        let mut ahead = Ahead { ram: &vm.ram, mode: key.mode, pages, seen: Vec::new(), budget: 24 };
+        let (ram, instructions, mode) = (&vm.ram, &vm.instructions, key.mode);
+        let mut ahead = Ahead { ram, instructions, mode, pages, seen: Vec::new(), budget: 24 };
         let mut live = |pc: u64| ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES);
         let target = target_pc.map(|pc| successor(pc, live(pc), near(pc)));
         let falls =
@@ -217,9 +226,9 @@ fn step(insn: Instruction, class: Class) -> Step {
     Step { insn, class, effect, live_before: ALL, live_after: ALL, operand: None, stack: None }
 }
 
-/// The class of an instruction, given the mode.
-fn refine(insn: &Instruction, mode: Mode) -> Class {
-    match (classify(insn), insn.code()) {
+/// The class of an instruction, given the mode and the CPU.
+fn refine(insn: &Instruction, mode: Mode, instructions: &InstructionSet) -> Class {
+    match (classify_for(insn, instructions), insn.code()) {
         (_, Code::Cld) if !mode.down() => Class::Nothing,
         (_, Code::Std) if mode.down() => Class::Nothing,
         (class, _) => class,
@@ -262,8 +271,8 @@ impl Ahead<'_> {
         if copy(self.ram, page + offset, window).is_none() {
             return ALL;
         }
-        let mut decoder =
-            Decoder::with_ip(self.mode.code().bits(), window, pc, DecoderOptions::NONE);
+        let options = self.instructions.decoder_options();
+        let mut decoder = Decoder::with_ip(self.mode.code().bits(), window, pc, options);
         for _ in 0..steps {
             if self.budget == 0 || !decoder.can_decode() {
                 break;
@@ -273,7 +282,7 @@ impl Ahead<'_> {
             if insn.is_invalid() {
                 break;
             }
-            let class = refine(&insn, self.mode);
+            let class = refine(&insn, self.mode, self.instructions);
             let effect = flags::effect(&insn, class);
             let helper = helped(class, &insn, self.mode);
             needed |= if helper { ALL } else { effect.reads } & !known_dead;
