@@ -1,7 +1,7 @@
 //! The command line of `bv`.
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
-use vmm::{Bytes, EngineChoice};
+use vmm::{Bytes, CpuChoice, EngineChoice};
 
 /// Boots operating systems in virtual machines on any x86-64 Linux, with or without KVM.
 #[derive(Debug, Parser)]
@@ -65,6 +65,9 @@ pub struct Run {
     /// Number of virtual CPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
+    /// CPU that the guest sees: host, or a level that is the same everywhere: x86-64-v2, -v3, -v4.
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    pub cpu: CpuChoice,
     /// What runs the virtual CPUs.
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub engine: Engine,
@@ -155,6 +158,7 @@ mod tests {
         let run = run(&["bv", "run"]);
         assert_eq!((run.guest, run.kernel, run.cmdline), (None, None, None));
         assert_eq!((run.memory, run.cpus), (Bytes::mib(512), 1));
+        assert_eq!(run.cpu, CpuChoice::Host);
         assert_eq!((run.serial, run.engine), (SerialArg::Stdio, Engine::Auto));
         assert!(!run.no_reboot && !run.debug_exit);
     }

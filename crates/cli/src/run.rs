@@ -75,7 +75,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     let Selection { engine, fallback } =
         vmm::engine(arguments.engine.into()).map_err(RunError::Engine)?;
     // What can be told to be wrong without a download is told before it.
-    vmm::check(arguments.memory, arguments.cpus, engine.as_ref())?;
+    vmm::check(arguments.memory, arguments.cpus, arguments.cpu, engine.as_ref())?;
     if let Some(line) = fallback {
         say(&line);
     }
@@ -84,6 +84,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     let config = MachineConfig {
         memory: arguments.memory,
         vcpus: arguments.cpus,
+        cpu: arguments.cpu,
         boot,
         serial: serial(&arguments.serial, keyboard),
         no_reboot: arguments.no_reboot,

@@ -50,6 +50,22 @@ fn a_number_of_cpus_that_cannot_be_is_refused_with_the_limit() {
 }
 
 #[test]
+fn a_cpu_that_is_no_model_is_refused_with_all_that_are() {
+    let models = "host, x86-64-v2, x86-64-v3 or x86-64-v4";
+    refused(&["--cpu", "pentium"], &["--cpu", "not a CPU model: pentium", models]);
+    refused(&["--cpu", ""], &["--cpu", models]);
+}
+
+#[test]
+fn a_cpu_that_the_engine_lacks_is_refused_by_feature_before_anything_is_loaded() {
+    let words = ["--cpu: the soft engine", "lacks ", "avx512f", "avx512vl, which x86-64-v4 needs"];
+    refused(&["--engine", "soft", "--cpu", "x86-64-v4"], &words);
+    // Nor is a kernel looked for.
+    let missing = ["run", "--kernel", "no-such-kernel", "--engine=soft", "--cpu=x86-64-v4"];
+    refused_alone(&missing, &["--cpu", "or host"]);
+}
+
+#[test]
 fn a_kernel_that_is_none_is_refused_by_name() {
     let files = Files::new();
     let missing = files.path("missing");

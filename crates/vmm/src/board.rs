@@ -2,12 +2,13 @@
 use crate::clock::MachineClock;
 use crate::config::MachineConfig;
 use crate::console::Output;
+use crate::cpu::CpuChoice;
 use crate::error::VmmError;
 use crate::events::{Events, Stop, Wake};
 use crate::memory;
 use crate::platform::platform;
 use crate::vcpu::{VcpuContext, VcpuThread};
-use arch::{GuestPhysical, VcpuState};
+use arch::{CpuModel, GuestPhysical, VcpuState};
 use boot::BootRequest;
 use chipset::InterruptRouter;
 use chipset::acpi_pm::{AcpiPm, AcpiPmConfig};
@@ -25,17 +26,22 @@ use engine::{Engine, GuestMemory, Msi, Vcpu, VcpuIo, Vm, VmConfig};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Checks the parts of a configuration that need no files.
+/// Checks the parts of a configuration that need no files; answers the guest's CPU.
 ///
 /// # Errors
-/// Names the flag and the limit.
-pub fn check(memory: crate::Bytes, vcpus: u32, engine: &dyn Engine) -> Result<(), VmmError> {
+/// Names the flag and the limit, or what the engine lacks for the CPU.
+pub fn check(
+    memory: crate::Bytes,
+    vcpus: u32,
+    cpu: CpuChoice,
+    engine: &dyn Engine,
+) -> Result<CpuModel, VmmError> {
     memory::check(memory)?;
     let most = engine.max_vcpus();
     if vcpus == 0 || vcpus > most {
         return Err(VmmError::Vcpus { asked: vcpus, engine: engine.name(), most });
     }
-    Ok(())
+    cpu.on(engine)
 }
 
 /// The guest loaded into memory, and vCPUs in the state in which they start: what a board is
@@ -52,7 +58,7 @@ impl Core {
     /// # Errors
     /// Names what cannot work in the configuration, or what the host or engine refuses.
     pub fn load(config: &MachineConfig, engine: &dyn Engine) -> Result<Self, VmmError> {
-        check(config.memory, config.vcpus, engine)?;
+        let cpu = check(config.memory, config.vcpus, config.cpu, engine)?;
         let memory = Arc::new(memory::allocate(config.memory)?);
         let request = BootRequest {
             kernel: &config.boot.kernel,
@@ -66,7 +72,7 @@ impl Core {
         let vm = engine.create_vm(VmConfig {
             memory: memory.clone(),
             read_only: Vec::new(),
-            cpu: engine.host_cpu(),
+            cpu,
             vcpus: config.vcpus,
         })?;
         let states =

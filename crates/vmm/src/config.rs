@@ -1,5 +1,5 @@
 //! What a machine is made of.
-use crate::Bytes;
+use crate::{Bytes, CpuChoice};
 use boot::{Image, Module};
 use std::path::PathBuf;
 
@@ -10,6 +10,8 @@ pub struct MachineConfig {
     pub memory: Bytes,
     /// Number of vCPUs, 1 to [`engine::Engine::max_vcpus`].
     pub vcpus: u32,
+    /// The CPU that the guest sees.
+    pub cpu: CpuChoice,
     /// What the machine starts.
     pub boot: BootSource,
     /// Where the serial console COM1 goes.

@@ -1,5 +1,6 @@
 //! Why a machine cannot start or go on.
 use crate::memory::MemoryError;
+use arch::{Baseline, FeatureSet};
 use boot::BootError;
 use device::MapError;
 use engine::EngineError;
@@ -21,6 +22,21 @@ pub enum VmmError {
         engine: &'static str,
         /// The engine's limit.
         most: u32,
+    },
+    /// The CPU model is more than the engine has on this host.
+    #[error(
+        "--cpu: the {engine} engine on this host lacks {missing}, which {baseline} needs; use \
+             --cpu {possible}host"
+    )]
+    Cpu {
+        /// The engine's name.
+        engine: &'static str,
+        /// What it lacks.
+        missing: FeatureSet,
+        /// What was asked.
+        baseline: Baseline,
+        /// The best baseline that it has, with a conjunction, or nothing.
+        possible: String,
     },
     /// The files do not make a guest that can start.
     #[error(transparent)]
@@ -67,7 +83,11 @@ impl VmmError {
     /// Whether the user's input is at fault, and not the host or the program.
     pub fn is_bad_input(&self) -> bool {
         match self {
-            Self::Memory(_) | Self::Vcpus { .. } | Self::Boot(_) | Self::SerialFile { .. } => true,
+            Self::Memory(_)
+            | Self::Vcpus { .. }
+            | Self::Cpu { .. }
+            | Self::Boot(_)
+            | Self::SerialFile { .. } => true,
             Self::SerialOutput(_)
             | Self::Engine(_)
             | Self::Vcpu { .. }

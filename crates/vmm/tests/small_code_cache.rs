@@ -4,7 +4,9 @@ use image::debian;
 use image::{Cache, Quiet};
 use soft::{Options, SoftEngine};
 use std::time::Duration;
-use vmm::{BootSource, Bytes, Host, Image, Machine, MachineConfig, Notice, Outcome, Serial};
+use vmm::{
+    BootSource, Bytes, CpuChoice, Host, Image, Machine, MachineConfig, Notice, Outcome, Serial,
+};
 
 const SCRIPT: &str = "i=0; while [ $i -lt 20 ]; do echo $i | sed s/^/line/ | sort; i=$((i+1)); done
 seq 1 2000 | gzip | gunzip | md5sum
@@ -22,6 +24,7 @@ fn debian_runs_with_a_code_cache_that_overflows_all_the_time() {
     let config = MachineConfig {
         memory: Bytes(256 << 20),
         vcpus: 2,
+        cpu: CpuChoice::Host,
         boot: BootSource {
             kernel: Image::open(&debian.kernel).unwrap(),
             initrd: Some(Image::from_bytes("initrd".into(), initrd).unwrap()),

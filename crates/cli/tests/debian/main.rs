@@ -113,6 +113,33 @@ fn debian_works_on_four_cpus_at_its_own_address() {
     exercise(4, "nokaslr");
 }
 
+/// The flags that `/proc/cpuinfo` shows Debian on a CPU model, and what that printed besides.
+fn flags_on(cpu: &str) -> (Vec<String>, String) {
+    let files = tempfile::tempdir().unwrap();
+    let initramfs = initramfs("grep -E '^(flags|model name)' /proc/cpuinfo\necho '<end>'\n");
+    let arguments = ["--engine=soft", "--cpu", cpu, "--no-reboot"];
+    let mut guest = Guest::boot(files.path(), &initramfs, "console=ttyS0 quiet", &arguments);
+    let (status, log) = guest.end();
+    assert_eq!(status, Some(0), "{log}");
+    let flags = between(&log, "flags\t\t: ", "\r\n");
+    (flags.split(' ').map(str::to_owned).collect(), log)
+}
+
+#[test]
+fn debian_sees_exactly_the_instruction_sets_of_its_cpu_model() {
+    let v2 = ["cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"];
+    let v3 = ["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"];
+    let neither = ["aes", "pclmulqdq", "rdrand", "sha_ni", "adx", "fsgsbase", "smep", "xsaveopt"];
+    for (cpu, level) in [("x86-64-v2", 2), ("x86-64-v3", 3)] {
+        let (flags, log) = flags_on(cpu);
+        let has = |name: &str| flags.iter().any(|flag| flag == name);
+        assert!(log.contains(&format!("Bivisor {cpu}")), "{log}");
+        assert!(v2.iter().all(|name| has(name)), "{log}");
+        assert!(v3.iter().all(|name| has(name) == (level == 3)), "{log}");
+        assert!(!neither.iter().any(|name| has(name)), "{log}");
+    }
+}
+
 #[test]
 fn debian_that_reboots_boots_again_and_can_then_switch_off() {
     let files = tempfile::tempdir().unwrap();

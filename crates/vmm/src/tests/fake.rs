@@ -1,6 +1,6 @@
 //! An engine whose vCPUs run closures instead of guests.
 use crate::console::Console;
-use crate::{BootSource, Bytes, Host, Image, Machine, MachineConfig, Notice, Serial};
+use crate::{BootSource, Bytes, CpuChoice, Host, Image, Machine, MachineConfig, Notice, Serial};
 use arch::{CpuModel, VcpuState};
 use engine::{Engine, EngineError, Halt, Kick, Msi, Vcpu, VcpuIo, Vm, VmConfig};
 use std::os::fd::OwnedFd;
@@ -164,6 +164,7 @@ pub fn config() -> MachineConfig {
     MachineConfig {
         memory: Bytes::mib(16),
         vcpus: 1,
+        cpu: CpuChoice::Host,
         boot: BootSource {
             kernel: kernel(),
             initrd: None,

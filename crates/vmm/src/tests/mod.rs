@@ -1,5 +1,5 @@
 //! The life of a machine, with an engine that runs closures.
-mod fake;
+pub mod fake;
 
 use crate::{
     Bytes, Command, Image, Machine, MachinePhase, Notice, Outcome, Serial, StopCause, StopSignals,
