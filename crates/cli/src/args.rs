@@ -65,7 +65,7 @@ pub struct Run {
     /// Number of virtual CPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
-    /// CPU that the guest sees: host, or a level that is the same everywhere: x86-64-v2, -v3, -v4.
+    /// CPU that the guest sees: host, or the same one everywhere: x86-64-v2, x86-64-v3, x86-64-v4.
     #[arg(long, value_name = "MODEL", default_value = "host")]
     pub cpu: CpuChoice,
     /// What runs the virtual CPUs.

@@ -4,16 +4,34 @@ use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use vmm::{Access, DEVICE_PATH, EngineChoice, HostKvm, Virtualisation};
+use vmm::{Access, Baseline, DEVICE_PATH, EngineChoice, HostKvm, Virtualisation};
 
 /// Prints the report on standard output.
 pub fn run() -> ExitCode {
-    let text = report(&HostKvm::probe(), &Files { root: "/".into() });
+    let kvm = HostKvm::probe();
+    let choices = [EngineChoice::Soft, EngineChoice::Kvm];
+    let usable = |choice: &EngineChoice| {
+        *choice == EngineChoice::Soft || matches!(kvm.access, Access::Usable)
+    };
+    let models: Vec<_> = choices.into_iter().filter(usable).filter_map(models).collect();
+    let text = report(&kvm, &models, &Files { root: "/".into() });
     match std::io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
         // Nobody reads it.
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// The CPU models that an engine offers, by name.
+struct Models {
+    engine: &'static str,
+    baselines: Vec<Baseline>,
+}
+
+/// What an engine offers, if it works here.
+fn models(choice: EngineChoice) -> Option<Models> {
+    let engine = vmm::engine(choice).ok()?.engine;
+    Some(Models { engine: engine.name(), baselines: vmm::offered(&engine.host_cpu()) })
 }
 
 /// The host's files, under a folder of which tests make their own.
@@ -63,10 +81,14 @@ impl Report {
     }
 }
 
-fn report(kvm: &HostKvm, files: &Files) -> String {
+fn report(kvm: &HostKvm, models: &[Models], files: &Files) -> String {
     let mut report = Report::default();
     report.heading("CPU");
     cpu(&mut report, kvm);
+    for Models { engine, baselines } in models {
+        let names = baselines.iter().map(|baseline| format!(", {baseline}")).collect::<String>();
+        report.fact(&format!("--cpu with {engine}"), &format!("host{names}"));
+    }
     report.heading("Memory");
     memory(&mut report, files);
     report.heading("Network");
@@ -192,7 +214,14 @@ mod tests {
 
     fn text(access: Access, virtualisation: Virtualisation, list: &[(&str, &str)]) -> String {
         let (_folder, files) = host(list);
-        report(&HostKvm { access, virtualisation }, &files)
+        let models = [Models { engine: "soft", baselines: vec![Baseline::V2, Baseline::V3] }];
+        report(&HostKvm { access, virtualisation }, &models, &files)
+    }
+
+    #[test]
+    fn the_cpu_models_of_each_engine_are_listed() {
+        let text = text(Access::Absent, Virtualisation::None, &[]);
+        assert!(text.contains("--cpu with soft  host, x86-64-v2, x86-64-v3\n"), "{text}");
     }
 
     #[test]
