@@ -14,30 +14,6 @@ use std::sync::OnceLock;
 
 const LEAF_TIMING: u32 = 0x4000_0010;
 
-/// Whether the neutral state has a place for AVX-512's registers.
-const AVX512_IN_STATE: bool = false;
-
-const AVX512: FeatureSet = FeatureSet::of(&[
-    Feature::Avx512f,
-    Feature::Avx512dq,
-    Feature::Avx512ifma,
-    Feature::Avx512pf,
-    Feature::Avx512er,
-    Feature::Avx512cd,
-    Feature::Avx512bw,
-    Feature::Avx512vl,
-    Feature::Avx512vbmi,
-    Feature::Avx512vbmi2,
-    Feature::Avx512vnni,
-    Feature::Avx512bitalg,
-    Feature::Avx512vpopcntdq,
-    Feature::Avx512Vnniw4,
-    Feature::Avx512Fmaps4,
-    Feature::Avx512vp2intersect,
-    Feature::Avx512fp16,
-    Feature::Avx512bf16,
-]);
-
 /// Features that the engine does not carry, though KVM may.
 const WITHHELD: FeatureSet = FeatureSet::of(&[
     // Waiting for memory to change, performance units, profiling.
@@ -58,7 +34,6 @@ const WITHHELD: FeatureSet = FeatureSet::of(&[
     Feature::SgxLaunchControl,
     // Registers that the neutral state has no place for.
     Feature::Mpx,
-    Feature::Pku,
     Feature::Pks,
     Feature::ShadowStack,
     Feature::BranchTracking,
@@ -80,8 +55,7 @@ const WITHHELD: FeatureSet = FeatureSet::of(&[
 ]);
 
 /// Features that guests may have where KVM has them.
-const CARRIED: FeatureSet =
-    FeatureSet::ALL.minus(WITHHELD).minus(if AVX512_IN_STATE { FeatureSet::EMPTY } else { AVX512 });
+const CARRIED: FeatureSet = FeatureSet::ALL.minus(WITHHELD);
 
 /// Leaves that describe what guests do not get: PMU, SGX, PT, AMX, AVX10, SVM, SEV, AMD's PMU.
 fn left_out(leaf: u32) -> bool {
@@ -364,13 +338,14 @@ mod tests {
     #[test]
     fn what_the_neutral_state_has_no_place_for_is_not_offered() {
         let features = everything().features();
-        for feature in [Feature::Avx512f, Feature::Pku, Feature::AmxTile, Feature::ShadowStack] {
+        for feature in [Feature::AmxTile, Feature::ShadowStack, Feature::Mpx] {
             assert!(!features.has(feature), "{feature}");
         }
         assert_eq!(features.consistent(), features);
         let model = everything();
-        assert_eq!(model.query(0xd, 0), [7, 832, 832, 0]);
-        assert_eq!((model.query(0xd, 2), model.query(0xd, 5)), ([256, 576, 0, 0], [0; 4]));
+        assert_eq!(model.query(0xd, 0), [0x2e7, 2440, 2440, 0]);
+        assert_eq!(model.query(0xd, 5), [64, 832, 0, 0]);
+        assert_eq!(model.query(0xd, 17), [0; 4]);
         assert_eq!(model.query(0xd, 1), [7, 0, 0, 0]);
     }
 
@@ -383,15 +358,13 @@ mod tests {
     }
 
     #[test]
-    fn the_baselines_up_to_v3_are_offered_and_v4_lacks_its_registers() {
+    fn all_baselines_are_offered_where_kvm_has_their_features() {
         let host = everything();
-        for baseline in [Baseline::V2, Baseline::V3] {
+        for baseline in [Baseline::V2, Baseline::V3, Baseline::V4] {
             let model = baseline.on(&host).expect("it has all");
             let kvm = Supported { model: host.clone(), xsave: Layout::default() };
             kvm.check(&model).expect("it has all");
         }
-        let missing = Baseline::V4.on(&host).expect_err("the state has no place").to_string();
-        assert_eq!(missing, "avx512f, avx512dq, avx512cd, avx512bw, avx512vl");
     }
 
     #[test]
