@@ -4,7 +4,7 @@
 //! natively, all other code by instruction emulation. What the emulator says that it does not
 //! know, the software engine completes, and tests of that pass; here is what it does wrongly
 //! without saying so. A test on the list must fail as its entry says, so that the list stays true.
-use arch::CpuModel;
+use arch::{CpuModel, Feature};
 use kvm::HostKvm;
 
 /// Where a test cannot pass.
@@ -12,8 +12,8 @@ use kvm::HostKvm;
 enum Where {
     /// On a KVM without hardware behind it.
     NoHardware,
-    /// On a KVM that does not offer a feature of CPUID: leaf, register (0 is EAX) and bit.
-    Without(u32, usize, u32),
+    /// On a KVM that does not offer a feature.
+    Without(Feature),
 }
 
 /// A test that cannot pass.
@@ -79,13 +79,13 @@ const LIMITS: [Limit; 26] = [
     ),
     Limit {
         test: "five_levels_reach_addresses_beyond_48_bits",
-        place: Where::Without(7, 2, 16),
+        place: Where::Without(Feature::La57),
         reason: "it does not offer LA57",
-        shows: "KVM does not take the control registers",
+        shows: "the state needs la57",
     },
     Limit {
         test: "two_address_spaces_with_and_without_pcid_stay_apart",
-        place: Where::Without(1, 2, 17),
+        place: Where::Without(Feature::Pcid),
         reason: "it does not offer PCID",
         shows: "KVM does not take the control registers",
     },
@@ -146,7 +146,7 @@ pub fn limit_of(test: &str, offered: &CpuModel) -> Option<&'static Limit> {
     let limit = LIMITS.iter().find(|limit| limit.test == test)?;
     let applies = match limit.place {
         Where::NoHardware => !HostKvm::probe().is_hardware_backed(),
-        Where::Without(leaf, register, bit) => offered.query(leaf, 0)[register] >> bit & 1 == 0,
+        Where::Without(feature) => !offered.features().has(feature),
     };
     applies.then_some(limit)
 }
