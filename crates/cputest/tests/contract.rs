@@ -162,6 +162,29 @@ on_each_engine!(a_step_runs_one_instruction_or_up_to_the_handler_of_its_exceptio
     assert_eq!(vcpu.state().unwrap().rip, 0x9000);
 });
 
+on_each_engine!(a_step_that_faults_saves_flags_that_the_instruction_would_overwrite, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
+    // Invalid operations are not masked, and XMM0 holds a signalling NaN.
+    guest.state.fpu.0[24..28].copy_from_slice(&0x1f00u32.to_le_bytes());
+    guest.state.fpu.0[160..168].copy_from_slice(&0x7ff0_0000_0000_0001u64.to_le_bytes());
+    guest.code(at::CODE, |a| {
+        a.mov(eax, -1)?;
+        a.add(eax, 1)?; // CF, PF, AF and ZF
+        a.ucomisd(xmm0, xmm0)
+    });
+    let (state, io) = (guest.state.clone(), guest.io.clone());
+    let vcpu = &mut guest.vcpus[0];
+    vcpu.set_state(&state).unwrap();
+    for _ in 0..3 {
+        // An optional power.
+        let Some(stepper) = vcpu.stepper() else { return };
+        assert_eq!(stepper.step(io.as_ref()).unwrap(), None);
+    }
+    let state = vcpu.state().unwrap();
+    assert_eq!(state.rip, at::STUBS + 16 * 19);
+    assert_eq!(read_u32(&guest.memory, state.gpr[gpr::RSP] + 16) & 0x8d5, 0x55);
+});
+
 on_each_engine!(a_vcpu_waiting_for_its_start_up_ipi_runs_nothing, |engine| {
     let mut guest = Guest::with_vcpus(engine, Mode::LONG, 2).unwrap();
     guest.code_of(16, 0, |a| a.ud2());

@@ -176,7 +176,8 @@ impl Cpu {
             pc: key.pc,
             first_edge,
             first_cell,
-            precise: self.vm.options.precise_flags,
+            // Single steps show all flags.
+            precise: self.vm.options.precise_flags || mode.step(),
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             vectors: steps.iter().any(|s| s.class == Class::NativeVector),
             linkable: !mode.step() && !mode.shadow(),
