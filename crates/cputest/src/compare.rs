@@ -29,7 +29,7 @@ pub fn differences(case: &Case, native: &Outcome, engine: &Outcome) -> Vec<Strin
     }
     check("vector", native.vector, engine.vector);
     check("error code", error_code(native), error_code(engine));
-    let grain = if has_several_accesses(&instruction) { !0xfff } else { !0 };
+    let grain = if has_several_accesses(instruction.mnemonic()) { !0xfff } else { !0 };
     if !matches!(instruction.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq) {
         check("cr2", native.cr2 & grain, engine.cr2 & grain);
     }
@@ -59,9 +59,9 @@ pub fn differences(case: &Case, native: &Outcome, engine: &Outcome) -> Vec<Strin
 
 /// Instructions with several accesses: which of them faults first, and with which address in the
 /// page, is each processor's own affair.
-fn has_several_accesses(instruction: &Instruction) -> bool {
+pub fn has_several_accesses(mnemonic: M) -> bool {
     matches!(
-        instruction.mnemonic(),
+        mnemonic,
         M::Retf
             | M::Iret
             | M::Iretd
@@ -94,8 +94,8 @@ fn both_faults_are_right(instruction: &Instruction, native: &Outcome, engine: &O
     let pair = (native.vector, engine.vector);
     let same_place = native.rip == engine.rip;
     let alignment = matches!(pair, (17, 12..=14) | (12..=14, 17));
-    let several =
-        has_several_accesses(instruction) && matches!(pair, (14, 12 | 13) | (12 | 13, 14));
+    let several = has_several_accesses(instruction.mnemonic())
+        && matches!(pair, (14, 12 | 13) | (12 | 13, 14));
     // AMD reads 32 bits for the 16-bit form, so that its alignment check sees more.
     let wider = instruction.code() == Code::Movsxd_r16_rm16 && native.vector == 17;
     // Whether a mask of zero still touches the page (Intel SDM 2B, MASKMOVDQU), and whether all
@@ -133,11 +133,17 @@ fn loads_fs_or_gs(instruction: &Instruction) -> bool {
 }
 
 fn vectors(native: &FpuState, engine: &FpuState, found: &mut Vec<String>) {
-    let (native, engine) = (initialised(native), initialised(engine));
+    found.extend(vector_differences(native, engine));
+}
+
+/// What differs in x87, SSE and AVX registers, one line each.
+pub fn vector_differences(one: &FpuState, two: &FpuState) -> Vec<String> {
+    let mut found = Vec::new();
+    let (one, two) = (initialised(one), initialised(two));
     let mut check = |name: String, at: usize, length: usize| {
-        let (n, e) = (&native[at..at + length], &engine[at..at + length]);
-        if n != e {
-            found.push(format!("{name}: native {}, engine {}", hex(n), hex(e)));
+        let (a, b) = (&one[at..at + length], &two[at..at + length]);
+        if a != b {
+            found.push(format!("{name}: {}, {}", hex(a), hex(b)));
         }
     };
     check("x87 control word".into(), 0, 2);
@@ -151,6 +157,7 @@ fn vectors(native: &FpuState, engine: &FpuState, found: &mut Vec<String>) {
         check(format!("xmm{n}"), 160 + 16 * n, 16);
         check(format!("upper ymm{n}"), 576 + 16 * n, 16);
     }
+    found
 }
 
 /// An XSAVE image leaves out components that are in their initial state; put that in.

@@ -19,6 +19,7 @@ pub mod generate;
 pub mod guest;
 pub mod layout;
 pub mod limits;
+pub mod lockstep;
 pub mod machine;
 pub mod micro;
 pub mod native;
