@@ -6,7 +6,7 @@
 //! stays KVM's all the while; the companion's is off, so that no interrupt is taken there.
 use crate::Companion;
 use crate::state::Holder;
-use arch::{LapicState, MpState, Msrs, VcpuState, msr};
+use arch::{LapicState, Msrs, VcpuState, msr};
 use engine::{EngineError, Halt, Vcpu, VcpuIo, Vm, VmConfig};
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ impl Completer {
         mut kvm: Holder<'_>,
         io: &dyn VcpuIo,
     ) -> Result<Option<Halt>, EngineError> {
-        let before = VcpuState::save(&mut kvm)?;
+        let before = kvm.lend()?;
         self.vcpu.set_state(&lent(&before))?;
         let Some(stepper) = self.vcpu.stepper() else {
             return Err(EngineError::Defect("the companion engine runs no single steps".into()));
@@ -84,7 +84,6 @@ fn lent(before: &VcpuState) -> VcpuState {
     // The bootstrap processor's LAPIC, switched off.
     state.lapic =
         LapicState { base: LapicState::DEFAULT_BASE | LapicState::BOOTSTRAP, ..fresh.lapic };
-    state.mp = MpState::Running;
     // KVM keeps the NMI that waits.
     state.events.nmi_pending = false;
     state

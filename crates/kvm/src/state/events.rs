@@ -21,17 +21,21 @@ fn read(vcpu: &VcpuFd) -> Result<kvm_vcpu_events, EngineError> {
     vcpu.get_vcpu_events().map_err(element("read", Element::Interrupts.name()))
 }
 
+fn shadow_of(events: &kvm_vcpu_events) -> InterruptShadow {
+    match events.interrupt.shadow {
+        0 => InterruptShadow::None,
+        shadow if shadow & SHADOW_MOV_SS != 0 => InterruptShadow::MovSs,
+        _ => InterruptShadow::Sti,
+    }
+}
+
 /// Reads the events into a state whose LAPIC has been read before.
 ///
 /// # Errors
 /// KVM does not let them be read, or one cannot be undone.
 pub fn get(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
     let events = read(vcpu)?;
-    state.events.interrupt_shadow = match events.interrupt.shadow {
-        0 => InterruptShadow::None,
-        shadow if shadow & SHADOW_MOV_SS != 0 => InterruptShadow::MovSs,
-        _ => InterruptShadow::Sti,
-    };
+    state.events.interrupt_shadow = shadow_of(&events);
     state.events.nmi_pending = events.nmi.pending != 0 || events.nmi.injected != 0;
     // Delivery of an NMI begins with blocking others.
     state.events.nmi_blocked = events.nmi.masked != 0 && events.nmi.injected == 0;
@@ -66,6 +70,17 @@ fn shadow(state: &VcpuState) -> u8 {
         InterruptShadow::Sti => SHADOW_STI,
         InterruptShadow::MovSs => SHADOW_MOV_SS,
     }
+}
+
+/// Reads what the next instruction ends: the interrupt shadow, and that NMIs are blocked.
+///
+/// # Errors
+/// KVM does not let them be read.
+pub fn get_blocked(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
+    let events = read(vcpu)?;
+    state.events.interrupt_shadow = shadow_of(&events);
+    state.events.nmi_blocked = events.nmi.masked != 0;
+    Ok(())
 }
 
 /// Moves a vector from in service back to requested; answers whether it was in service.

@@ -88,6 +88,20 @@ impl StateHolder for Holder<'_> {
 }
 
 impl Holder<'_> {
+    /// What an instruction of a running vCPU that is executed elsewhere needs: not the LAPIC and
+    /// the clock. Each call of the host's kernel costs more than most instructions.
+    ///
+    /// # Errors
+    /// As [`StateHolder::read`].
+    pub fn lend(&mut self) -> Result<VcpuState, EngineError> {
+        let mut state = VcpuState::reset();
+        let needed =
+            [Element::System, Element::General, Element::Vector, Element::Debug, Element::Msr];
+        needed.into_iter().try_for_each(|element| self.read(element, &mut state))?;
+        events::get_blocked(self.vcpu, &mut state)?;
+        Ok(state)
+    }
+
     /// Takes over what an instruction changed that was executed elsewhere: not the LAPIC, the
     /// clock, and what other CPUs and devices do to this one meanwhile.
     ///
