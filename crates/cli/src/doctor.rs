@@ -133,15 +133,14 @@ fn memory(report: &mut Report, files: &Files) {
     let transparent = files.text("/sys/kernel/mm/transparent_hugepage/enabled");
     let mode = transparent.as_deref().and_then(|text| text.split(['[', ']']).nth(1));
     let text = match mode {
-        Some("always") => "used for guests' memory where they fit",
-        Some("madvise") => "only where a program asks for them, which bv does not",
+        Some("always" | "madvise") => "used for guests' memory where they fit",
         Some("never") => "switched off",
         _ => "not known to this kernel",
     };
     report.fact("huge pages", text);
-    if matches!(mode, Some("madvise" | "never")) {
+    if mode == Some("never") {
         report.advice(
-            "faster guests: `echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled`",
+            "faster guests: `echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled`",
         );
     }
     let pool = files.field("/proc/meminfo", "HugePages_Total").filter(|pages| pages != "0");
@@ -253,7 +252,7 @@ mod tests {
             ("/sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never"),
         ];
         let text = text(Access::Absent, Virtualisation::None, &list);
-        for part in ["2048 MiB", "1024 MiB", "only where a program asks", "8 huge pages"] {
+        for part in ["2048 MiB", "1024 MiB", "used for guests' memory", "8 huge pages"] {
             assert!(text.contains(part), "{part} in\n{text}");
         }
     }

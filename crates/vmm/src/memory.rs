@@ -1,9 +1,11 @@
 //! The guest's RAM: how much, and where it comes from. [`boot::ram_ranges`] says where it lies.
+#![allow(unsafe_code)]
 use crate::Bytes;
 use arch::address::PAGE_SIZE;
 use engine::GuestMemory;
-use vm_memory::GuestAddress;
+use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::FromRangesError;
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap};
 
 /// The least RAM with which a PC can do anything: the first megabyte, and room for a small kernel.
 pub const LEAST: Bytes = Bytes::mib(2);
@@ -67,13 +69,25 @@ pub fn allocate(size: Bytes) -> Result<GuestMemory, MemoryError> {
         .into_iter()
         .map(|(start, length)| (GuestAddress(start), length as usize))
         .collect();
-    GuestMemory::from_ranges(&ranges).map_err(|source| MemoryError::Refused(size, source))
+    let memory =
+        GuestMemory::from_ranges(&ranges).map_err(|source| MemoryError::Refused(size, source))?;
+    memory.iter().for_each(want_huge_pages);
+    Ok(memory)
+}
+
+/// Asks the host for huge pages behind a region. An access of the guest's costs two translations
+/// of its address, and the host's is the cheaper the larger its pages are. Where the host gives
+/// none, all works as before.
+fn want_huge_pages(region: &GuestRegionMmap<()>) {
+    let (start, length) = (region.as_ptr().cast(), region.len() as usize);
+    // Kernels without huge pages refuse it.
+    // SAFETY: the advice changes no contents, and the range is the region's own mapping.
+    let _ = unsafe { madvise(start, length, Advice::LinuxHugepage) };
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 
     #[test]
     fn memory_that_cannot_work_is_refused_with_the_limit_it_breaks() {
