@@ -38,7 +38,7 @@ pub fn child(
         out.flush()?;
         match fuzzer.run(seed) {
             Ok(Halt::TripleFault) => writeln!(out, "shutdown")?,
-            Ok(Halt::Kicked) => {}
+            Ok(Halt::Kicked | Halt::Debug(_)) => {}
             Err(what) => {
                 writeln!(out, "failed: {what}")?;
                 // What an engine in an unknown state does next would say little.

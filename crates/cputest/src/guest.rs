@@ -132,7 +132,7 @@ impl GuestCpu {
         match halt? {
             Halt::TripleFault => outcome.vector = TRIPLE_FAULT,
             Halt::Kicked if fired => outcome.vector = HANG,
-            Halt::Kicked => {}
+            Halt::Kicked | Halt::Debug(_) => {}
         }
         Ok(outcome)
     }

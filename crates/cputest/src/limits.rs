@@ -36,7 +36,7 @@ const PAGING: &str = "outside long mode, addresses are not translated";
 const BREAKPOINTS: &str = "its emulator does not look at the debug registers";
 const LATE: &str = "its emulator looks for interrupts only after several instructions";
 
-const LIMITS: [Limit; 26] = [
+const LIMITS: [Limit; 28] = [
     // Transfers of control from user code.
     limit("a_call_gate_copies_parameters_and_retf_drops_them", "left: []", GATES),
     limit("a_64_bit_call_gate_enters_the_kernel_and_retfq_leaves_it", "left: []", GATES),
@@ -117,6 +117,12 @@ const LIMITS: [Limit; 26] = [
         BREAKPOINTS,
     ),
     limit("breakpoints_on_ports_trap_with_de", "expected an exception, not Done", BREAKPOINTS),
+    limit("a_data_breakpoint_stops_after_the_access", "Kicked; said []", BREAKPOINTS),
+    limit(
+        "a_debugger_steps_over_a_halt_with_an_interrupt_waiting",
+        "the guest hangs",
+        "its emulator halts the CPU instructions after the HLT that was stepped over",
+    ),
     limit(
         "a_load_of_ss_holds_the_single_step_trap_back_for_one_instruction",
         "left: (1, 32781)",

@@ -419,6 +419,7 @@ impl Guest {
             Halt::TripleFault => Stop::TripleFault,
             Halt::Kicked if hung => Stop::Hang,
             Halt::Kicked => self.stop_of(&state),
+            Halt::Debug(stop) => panic!("{stop:?} of a debugger that is not here"),
         };
         End { stop, state, said: self.io.out(SAY.into()) }
     }

@@ -2,10 +2,28 @@
 //!
 //! An [`Engine`] makes a [`Vm`] over guest memory; a `Vm` makes [`Vcpu`]s. A vCPU thread calls
 //! [`Vcpu::run`], which calls back into the machine through [`VcpuIo`] for ports and device
-//! registers and returns only with a reason to stop ([`Halt`]). No word of any particular engine
-//! (no file descriptor, no exit structure) appears here. LAPICs belong to the engine; PIC, IOAPIC
-//! and PIT are devices of the machine.
+//! registers and returns only with a reason to stop ([`Halt`]). LAPICs belong to the engine; PIC,
+//! IOAPIC and PIT are devices of the machine.
+//!
+//! No word of any particular engine (no exit structure, no kernel object) is needed to use or to
+//! implement this. Where both sides happen to have an event that the kernel can signal, they may
+//! offer it to each other to save a way ([`Notify::event`], [`MsiLine::event`]); who has none
+//! answers `None`, and everything works all the same.
+//!
+//! What not every engine can do is asked for: [`Vm::dirty_log`], [`Vcpu::debugger`].
 #![forbid(unsafe_code)]
+
+mod debug;
+mod dirty;
+mod doorbell;
+mod line;
+
+pub use debug::{Breakpoint, BreakpointKind, DebugError, DebugPlan, DebugStop, Debugger};
+pub use dirty::{DirtyLog, DirtyMap, DirtyRange};
+pub use doorbell::{
+    Doorbell, DoorbellError, DoorbellHandle, DoorbellPlace, Doorbells, Notify, Ringing, Rings,
+};
+pub use line::MsiLine;
 
 use arch::{CpuModel, FeatureSet, GuestPhysical, VcpuState};
 use std::sync::Arc;
@@ -63,6 +81,27 @@ pub trait Vm: Send + Sync {
 
     /// Signals an NMI to a vCPU. Callable from any thread.
     fn signal_nmi(&self, vcpu: u32);
+
+    /// Has guest writes to a place call a notifier instead of [`VcpuIo`], until the handle is
+    /// dropped. Reads of the place still go to [`VcpuIo`]. Callable from any thread.
+    ///
+    /// # Errors
+    /// [`EngineError::Doorbell`] where no guest write can come there, or one could ring another
+    /// doorbell as well; fails too where the host is out of resources.
+    fn doorbell(
+        &self,
+        doorbell: Doorbell,
+        notify: Arc<dyn Notify>,
+    ) -> Result<DoorbellHandle, EngineError>;
+
+    /// Makes an interrupt line of a device, without a message at first.
+    ///
+    /// # Errors
+    /// Fails where the host is out of resources.
+    fn msi_line(&self) -> Result<Arc<dyn MsiLine>, EngineError>;
+
+    /// The record of what vCPUs write to memory, where the engine can keep one.
+    fn dirty_log(&self) -> Option<&dyn DirtyLog>;
 }
 
 /// A message-signalled interrupt: a write of `data` to `address`.
@@ -118,6 +157,9 @@ pub trait Vcpu: Send {
     fn stepper(&mut self) -> Option<&mut dyn Step> {
         None
     }
+
+    /// Single steps and breakpoints from outside, where the engine has them.
+    fn debugger(&mut self) -> Option<&mut dyn Debugger>;
 }
 
 /// A vCPU that can run single instructions. It is an optional power: see [`Vcpu::stepper`].
@@ -130,6 +172,31 @@ pub trait Step {
     /// # Errors
     /// Fails when the engine itself cannot go on; the VM is then lost.
     fn step(&mut self, io: &dyn VcpuIo) -> Result<Option<Halt>, EngineError>;
+}
+
+/// How many bytes an access covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Width {
+    /// One byte.
+    Byte,
+    /// Two bytes.
+    Word,
+    /// Four bytes.
+    Double,
+    /// Eight bytes.
+    Quad,
+}
+
+impl Width {
+    /// The number of bytes: 1, 2, 4 or 8.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::Byte => 1,
+            Self::Word => 2,
+            Self::Double => 4,
+            Self::Quad => 8,
+        }
+    }
 }
 
 /// Makes a running or halted vCPU return to its caller.
@@ -147,6 +214,8 @@ pub enum Halt {
     /// A fault while delivering a double fault (Intel SDM 3A 6.15, interrupt 8): the CPU is shut
     /// down until RESET. The state is that of the moment before.
     TripleFault,
+    /// What a [`DebugPlan`] asks for; never without one.
+    Debug(DebugStop),
 }
 
 /// Why an engine cannot go on.
@@ -164,6 +233,12 @@ pub enum EngineError {
     /// The request does not fit this engine.
     #[error("{0}")]
     Unsupported(String),
+    /// A doorbell that cannot be.
+    #[error(transparent)]
+    Doorbell(#[from] DoorbellError),
+    /// A plan for the debugger that cannot be.
+    #[error(transparent)]
+    Debug(#[from] DebugError),
     /// A defect of the engine itself.
     #[error("engine defect: {0}; the VM was stopped")]
     Defect(String),

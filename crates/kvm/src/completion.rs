@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// A vCPU of the companion engine, to execute single instructions.
 pub struct Completer {
     vcpu: Box<dyn Vcpu>,
-    _vm: Arc<dyn Vm>,
+    vm: Arc<dyn Vm>,
 }
 
 impl Completer {
@@ -30,7 +30,12 @@ impl Completer {
             ));
         };
         let vm = companion()?.create_vm(VmConfig { vcpus: 1, ..config.clone() })?;
-        Ok(Self { vcpu: vm.create_vcpu(0)?, _vm: vm })
+        Ok(Self { vcpu: vm.create_vcpu(0)?, vm })
+    }
+
+    /// The companion's VM.
+    pub fn vm(&self) -> &Arc<dyn Vm> {
+        &self.vm
     }
 
     /// Executes the instruction at which a vCPU stands, or raises its exception. `Some` says that

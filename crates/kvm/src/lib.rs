@@ -5,20 +5,26 @@
 //! the run loop and `exits` what guests ask of the machine; `attention` makes a running vCPU
 //! look up; `state` translates between KVM's structures and the engine-neutral state. Where
 //! KVM's instruction emulator does not know an instruction, `completion` lets a companion engine
-//! execute it.
+//! execute it. `doorbell`, `line`, `dirty` (with `ring`) and `debug` are the contract's powers.
 //!
 //! Source for KVM's interface: Linux, Documentation/virt/kvm/api.rst; sections are cited as
 //! "api.rst §4.35".
 //!
-//! `unsafe` code is confined to `attention`, `exits`, `memory`, `raw` and `state::fpu`.
+//! `unsafe` code is confined to `attention`, `exits`, `memory`, `raw`, `ring` and
+//! `state::fpu`.
 mod attention;
 mod completion;
 mod cpuid;
+mod debug;
+mod dirty;
+mod doorbell;
 mod error;
 mod exits;
 mod host;
+mod line;
 mod memory;
 mod raw;
+mod ring;
 mod routes;
 mod state;
 mod vcpu;
@@ -35,12 +41,29 @@ use std::sync::Arc;
 /// first needs it.
 pub type Companion = fn() -> Result<Arc<dyn Engine>, EngineError>;
 
+/// How the engine works.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Executes what KVM's instruction emulator does not know; without it, guests end with an
+    /// error there.
+    pub companion: Option<Companion>,
+    /// Keep the dirty log in rings, where KVM has them: harvests cost by the page written and
+    /// not by the size of memory. Each vCPU takes 64 KiB of the kernel's memory for its ring.
+    pub dirty_rings: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { companion: None, dirty_rings: true }
+    }
+}
+
 /// The KVM engine.
 pub struct KvmEngine {
     kvm: Kvm,
     /// Asking KVM takes as long as making the VM.
     cpuid: cpuid::Supported,
-    companion: Option<Companion>,
+    options: Options,
 }
 
 impl KvmEngine {
@@ -50,10 +73,18 @@ impl KvmEngine {
     /// There is no `/dev/kvm`, this user may not open it, or the kernel lacks a capability; the
     /// message says which, and what to do.
     pub fn new() -> Result<Self, EngineError> {
+        Self::with_options(Options::default())
+    }
+
+    /// The engine with other options than the default ones.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_options(options: Options) -> Result<Self, EngineError> {
         attention::install()?;
         let kvm = host::open()?;
         let cpuid = cpuid::Supported::read(&kvm)?;
-        Ok(Self { kvm, cpuid, companion: None })
+        Ok(Self { kvm, cpuid, options })
     }
 
     /// As [`Self::new`], with an engine that executes what KVM's instruction emulator does not
@@ -62,7 +93,7 @@ impl KvmEngine {
     /// # Errors
     /// As [`Self::new`].
     pub fn with_companion(companion: Companion) -> Result<Self, EngineError> {
-        Ok(Self { companion: Some(companion), ..Self::new()? })
+        Self::with_options(Options { companion: Some(companion), ..Options::default() })
     }
 }
 
@@ -80,6 +111,6 @@ impl Engine for KvmEngine {
     }
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
-        Ok(Arc::new(vm::KvmVm::new(&self.kvm, &self.cpuid, config, self.companion)?))
+        Ok(Arc::new(vm::KvmVm::new(&self.kvm, &self.cpuid, config, self.options)?))
     }
 }

@@ -3,7 +3,7 @@
 use crate::error::refused;
 use arch::address::PAGE_SIZE;
 use engine::{EngineError, GuestMemory, VmConfig};
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use std::sync::Arc;
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
@@ -25,6 +25,8 @@ pub struct MappedVm {
     pub fd: VmFd,
     /// Its read-only ranges.
     pub read_only: ReadOnly,
+    /// Its slots, by number.
+    slots: Vec<kvm_userspace_memory_region>,
     _memory: Arc<GuestMemory>,
 }
 
@@ -52,6 +54,7 @@ impl MappedVm {
                 stretches.len()
             )));
         }
+        let mut mapped = Self { fd, read_only, slots: Vec::new(), _memory: memory };
         for (slot, (stretch, userspace_addr)) in (0..).zip(stretches) {
             let Stretch { start, end, read_only } = stretch;
             let region = kvm_userspace_memory_region {
@@ -61,15 +64,54 @@ impl MappedVm {
                 memory_size: end - start,
                 userspace_addr,
             };
-            // SAFETY: the range lies in a mapping that `self` keeps by reference count for as
-            // long as the VM is open, and it is guest memory: the guest may write all of it.
-            unsafe { fd.set_user_memory_region(region) }.map_err(refused(format!(
+            mapped.set_slot(region).map_err(refused(format!(
                 "KVM cannot map guest memory {start:#x} to {:#x} (slot {slot}); give the guest \
                  less memory, or use --engine soft",
                 end - 1
             )))?;
+            mapped.slots.push(region);
         }
-        Ok(Self { fd, read_only, _memory: memory })
+        Ok(mapped)
+    }
+
+    /// Sets a slot that `new` laid out.
+    fn set_slot(&self, region: kvm_userspace_memory_region) -> Result<(), kvm_ioctls::Error> {
+        // SAFETY: the range lies in a mapping that `self` keeps by reference count for as long as
+        // the VM is open, and it is guest memory: the guest may write all of it.
+        unsafe { self.fd.set_user_memory_region(region) }
+    }
+
+    /// The slots that the guest can write.
+    pub fn writable(&self) -> impl Iterator<Item = &kvm_userspace_memory_region> {
+        self.slots.iter().filter(|slot| slot.flags & KVM_MEM_READONLY == 0)
+    }
+
+    /// The guest-physical address at which a slot starts.
+    pub fn slot_start(&self, slot: u32) -> Option<u64> {
+        self.slots.get(slot as usize).map(|slot| slot.guest_phys_addr)
+    }
+
+    /// Has KVM log writes, or stop to.
+    ///
+    /// # Errors
+    /// KVM refuses; it logs no writes then, or goes on to.
+    pub fn set_logging(&self, on: bool) -> Result<(), EngineError> {
+        let with = |slot: &kvm_userspace_memory_region, on: bool| {
+            let flags = slot.flags | if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+            self.set_slot(kvm_userspace_memory_region { flags, ..*slot })
+        };
+        for slot in self.writable() {
+            let Err(errno) = with(slot, on) else { continue };
+            let back = self.writable().filter(|other| other.slot < slot.slot);
+            // What KVM took a moment ago it takes back.
+            let results: Vec<_> = back.map(|slot| with(slot, !on)).collect();
+            debug_assert!(results.iter().all(Result::is_ok), "{results:?}");
+            return Err(refused(format!(
+                "KVM does not {} to log writes to memory (KVM_MEM_LOG_DIRTY_PAGES)",
+                if on { "begin" } else { "cease" }
+            ))(errno));
+        }
+        Ok(())
     }
 }
 

@@ -2,13 +2,14 @@
 use crate::attention::{Attention, Presence};
 use crate::completion::Completer;
 use crate::cpuid::Supported;
+use crate::debug::{Outside, Whose};
 use crate::error::{element, refused};
 use crate::exits::{InternalError, PortAccess, mmio_write};
 use crate::vm::VmShared;
 use crate::{raw, state};
 use arch::{GuestPhysical, MpState, VcpuState};
-use engine::{EngineError, Halt, Kick, Vcpu, VcpuIo};
-use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
+use engine::{DebugPlan, Debugger, EngineError, Halt, Kick, Vcpu, VcpuIo};
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_INTERNAL_ERROR_EMULATION, kvm_debug_exit_arch};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,6 +23,7 @@ pub struct KvmVcpu {
     msrs: state::Available,
     /// Made when the first instruction needs it.
     completer: Option<Completer>,
+    outside: Outside,
 }
 
 /// What to do after an exit.
@@ -32,6 +34,8 @@ enum Next {
     Stop(Halt),
     /// Execute one instruction elsewhere, then run on.
     Complete,
+    /// Have KVM finish what it left undone, then run on.
+    Finish,
 }
 
 /// An exit, without the borrow of the vCPU that kvm-ioctls gives it.
@@ -41,6 +45,8 @@ enum Exit {
     Done,
     Shutdown,
     Internal,
+    RingFull,
+    Debug(kvm_debug_exit_arch),
     Unexpected(String),
 }
 
@@ -68,7 +74,9 @@ impl KvmVcpu {
             state::set_mp_state(&fd, MpState::WaitForSipi)?;
         }
         let msrs = state::Available::of(&fd)?;
-        Ok(Self { fd, index, shared, attention, msrs, completer: None })
+        shared.dirty.add_vcpu(&fd)?;
+        let outside = Outside::default();
+        Ok(Self { fd, index, shared, attention, msrs, completer: None, outside })
     }
 
     fn holder(&self) -> state::Holder<'_> {
@@ -86,11 +94,19 @@ impl KvmVcpu {
                 self.give_pic_interrupt(io)?;
             }
             match self.enter(io, presence)? {
-                Next::Enter => {}
+                Next::Enter => {
+                    if let Some(stop) = self.outside.moved(&self.fd)? {
+                        return Ok(Halt::Debug(stop));
+                    }
+                }
+                Next::Finish => presence.only_finish(),
                 Next::Stop(halt) => return Ok(halt),
                 Next::Complete => {
                     if let Some(halt) = self.complete(io)? {
                         return Ok(halt);
+                    }
+                    if let Some(stop) = self.outside.executed(&self.fd)? {
+                        return Ok(Halt::Debug(stop));
                     }
                 }
             }
@@ -121,6 +137,8 @@ impl KvmVcpu {
             Ok(VcpuExit::IrqWindowOpen | VcpuExit::Intr | VcpuExit::SetTpr) => Exit::Done,
             Ok(VcpuExit::Shutdown) => Exit::Shutdown,
             Ok(VcpuExit::InternalError) => Exit::Internal,
+            Ok(VcpuExit::Debug(exit)) => Exit::Debug(exit),
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => Exit::RingFull,
             Ok(VcpuExit::FailEntry(reason, _)) => Exit::Unexpected(format!(
                 "the CPU refuses to enter the guest (hardware reason {reason:#x}); the guest's \
                  state may need more than this host's KVM offers"
@@ -137,9 +155,14 @@ impl KvmVcpu {
             Exit::Done => {}
             Exit::Shutdown => return Ok(Next::Stop(Halt::TripleFault)),
             Exit::Internal => return self.internal_error(),
+            Exit::RingFull => self.shared.empty_dirty_rings()?,
+            Exit::Debug(exit) => match self.outside.exit(&self.fd, exit)? {
+                Whose::Debugger(stop) => return Ok(Next::Stop(Halt::Debug(stop))),
+                Whose::Nobody | Whose::Guest => {}
+            },
             Exit::Unexpected(what) => return Err(EngineError::Unsupported(what)),
         }
-        Ok(Next::Enter)
+        Ok(if self.outside.steps() { Next::Finish } else { Next::Enter })
     }
 
     fn interrupted(
@@ -194,7 +217,7 @@ impl KvmVcpu {
     /// Gives the PIC's interrupt to the vCPU, or asks KVM to say when it can take one. Whether
     /// LINT0 lets it through is KVM's to know.
     fn give_pic_interrupt(&mut self, io: &dyn VcpuIo) -> Result<(), EngineError> {
-        if self.index != 0 {
+        if self.index != 0 || self.outside.holds_interrupts() {
             return Ok(());
         }
         let high = || self.shared.pic_output.load(Ordering::SeqCst);
@@ -220,7 +243,9 @@ impl Vcpu for KvmVcpu {
         if attention.take_kick() {
             return Ok(Halt::Kicked);
         }
-        self.cycle(io, &presence)
+        self.outside.begin(&self.fd)?;
+        let doorbells = self.shared.doorbells.clone();
+        self.cycle(&doorbells.before(io), &presence)
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {
@@ -237,5 +262,15 @@ impl Vcpu for KvmVcpu {
         state.restore(&mut self.holder())?;
         self.attention.take_nmi();
         Ok(())
+    }
+
+    fn debugger(&mut self) -> Option<&mut dyn Debugger> {
+        Some(self)
+    }
+}
+
+impl Debugger for KvmVcpu {
+    fn set_plan(&mut self, plan: &DebugPlan) -> Result<(), EngineError> {
+        self.outside.set(&self.shared.mapped.fd, &self.fd, plan)
     }
 }

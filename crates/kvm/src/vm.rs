@@ -1,22 +1,26 @@
 //! A VM: memory slots, the split interrupt chip, and interrupts from the machine.
-use crate::Companion;
 use crate::attention::Attention;
 use crate::completion::Completer;
-use crate::cpuid;
+use crate::dirty::{Log, Means};
 use crate::error::refused;
+use crate::line::Line;
 use crate::memory::MappedVm;
-use crate::routes::{IOAPIC_ROUTES, LevelRoutes};
+use crate::routes::{IOAPIC_ROUTES, LevelRoutes, Routes};
 use crate::state::Layout;
 use crate::vcpu::KvmVcpu;
+use crate::{Options, cpuid, doorbell};
 use arch::FeatureSet;
-use engine::{EngineError, Msi, Vcpu, Vm, VmConfig};
+use engine::{
+    DirtyLog, Doorbell, DoorbellHandle, Doorbells, EngineError, Msi, MsiLine, Notify, Vcpu, Vm,
+    VmConfig,
+};
 use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_APIC_BUS_CYCLES_NS,
     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
 };
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Cap, Kvm};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A message's destination has eight bits, of which 255 means all.
 const APIC_IDS: u32 = 255;
@@ -46,15 +50,21 @@ pub struct VmShared {
     pub features: FeatureSet,
     /// Where vector registers lie.
     pub xsave: Layout,
+    /// Writes that ring.
+    pub doorbells: Arc<Doorbells>,
+    /// Which pages were written.
+    pub dirty: Log,
     created: [AtomicU64; 4],
-    routes: Mutex<LevelRoutes>,
-    companion: Option<Companion>,
+    routes: Mutex<Routes>,
+    options: Options,
 }
 
 impl VmShared {
     /// What executes an instruction that KVM does not know, on behalf of a vCPU.
     pub fn completer(&self) -> Result<Completer, EngineError> {
-        Completer::new(self.companion, &self.config)
+        let completer = Completer::new(self.options.companion, &self.config)?;
+        self.dirty.add_companion(completer.vm().clone())?;
+        Ok(completer)
     }
 }
 
@@ -72,7 +82,7 @@ impl KvmVm {
         kvm: &Kvm,
         cpuid: &cpuid::Supported,
         config: VmConfig,
-        companion: Option<Companion>,
+        options: Options,
     ) -> Result<Self, EngineError> {
         let most = max_vcpus(kvm);
         if config.vcpus == 0 || config.vcpus > most {
@@ -87,6 +97,7 @@ impl KvmVm {
         ))?;
         let mapped = MappedVm::new(kvm, fd, &config)?;
         prepare_chips(kvm, &mapped, &config)?;
+        let means = Means::choose(kvm, &mapped, options.dirty_rings)?;
         let attention = (0..config.vcpus).map(|_| Arc::default()).collect();
         Ok(Self {
             shared: Arc::new(VmShared {
@@ -96,9 +107,11 @@ impl KvmVm {
                 config,
                 attention,
                 pic_output: AtomicBool::new(false),
+                doorbells: Arc::default(),
+                dirty: Log::new(means),
                 created: [const { AtomicU64::new(0) }; 4],
                 routes: Mutex::default(),
-                companion,
+                options,
             }),
         })
     }
@@ -145,19 +158,92 @@ impl VmShared {
             .is_some_and(|word| word.fetch_or(bit, Ordering::SeqCst) & bit == 0)
     }
 
+    /// A panic cannot leave the routes half-changed.
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells KVM the routes.
+    fn commit(&self, routes: &Routes) -> Result<(), EngineError> {
+        let entries: Vec<_> = routes.list().map(|(gsi, message)| entry(gsi, message)).collect();
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|e| {
+            EngineError::Defect(format!("{} interrupt routes: {e:?}", entries.len()))
+        })?;
+        self.mapped
+            .fd
+            .set_gsi_routing(&table)
+            .map_err(refused("KVM does not take interrupt routes (KVM_SET_GSI_ROUTING)"))
+    }
+
     /// Adds a level-triggered message to KVM's routes, if it is new.
-    fn route(&self, message: Msi) {
-        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        if !routes.note(message) {
-            return;
-        }
-        let entries: Vec<_> = (0..).zip(routes.list()).map(|(gsi, m)| entry(gsi, *m)).collect();
-        if let Ok(table) = KvmIrqRouting::from_entries(&entries) {
-            // Refused only for more routes than KVM has (4,096). The interrupt itself is
-            // delivered without its route; only its end would go unnoticed.
-            let result = self.mapped.fd.set_gsi_routing(&table);
+    fn note_level(&self, message: Msi) {
+        let mut routes = self.routes();
+        if LevelRoutes::concerns(message) && routes.level.note(message) {
+            // Refused only for more routes than KVM has, which lines never take. The interrupt
+            // itself is delivered without its route; only its end would go unnoticed.
+            let result = self.commit(&routes);
             debug_assert!(result.is_ok(), "{result:?}");
         }
+    }
+
+    /// Takes a route for a line; answers its number.
+    ///
+    /// # Errors
+    /// KVM has no further route.
+    pub fn new_line_route(&self, message: Option<Msi>) -> Result<u32, EngineError> {
+        let most = u32::try_from(self.mapped.fd.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
+        let mut routes = self.routes();
+        let gsi = routes.new_line(message, most).ok_or_else(|| {
+            EngineError::Unsupported(format!(
+                "this host's KVM has no route for a further interrupt line (KVM_CAP_IRQ_ROUTING: \
+                 {most}); give the guest fewer devices or queues"
+            ))
+        })?;
+        if message.is_some()
+            && let Err(error) = self.commit(&routes)
+        {
+            routes.end_line(gsi);
+            return Err(error);
+        }
+        drop(routes);
+        message.into_iter().for_each(|message| self.note_level(message));
+        Ok(gsi)
+    }
+
+    /// Changes the message of a line's route.
+    ///
+    /// # Errors
+    /// KVM does not take it; it keeps the old one.
+    pub fn set_line_route(&self, gsi: u32, message: Option<Msi>) -> Result<(), EngineError> {
+        let mut routes = self.routes();
+        let before = routes.set_line(gsi, message);
+        if let Err(error) = self.commit(&routes) {
+            routes.set_line(gsi, before);
+            return Err(error);
+        }
+        drop(routes);
+        message.into_iter().for_each(|message| self.note_level(message));
+        Ok(())
+    }
+
+    /// Frees a line's route. KVM forgets it with the next change: nothing uses it any more.
+    pub fn end_line_route(&self, gsi: u32) {
+        self.routes().end_line(gsi);
+    }
+
+    /// Delivers a message.
+    pub fn signal(&self, msi: Msi) {
+        if LevelRoutes::concerns(msi) {
+            self.note_level(msi);
+        }
+        let message = kvm_msi {
+            address_lo: msi.address as u32,
+            address_hi: (msi.address >> 32) as u32,
+            data: msi.data,
+            ..Default::default()
+        };
+        // An error says that no LAPIC takes the message, as on a bus: it is lost.
+        let _ = self.mapped.fd.signal_msi(message);
     }
 }
 
@@ -182,17 +268,7 @@ impl Vm for KvmVm {
     }
 
     fn signal_msi(&self, msi: Msi) {
-        if LevelRoutes::concerns(msi) {
-            self.shared.route(msi);
-        }
-        let message = kvm_msi {
-            address_lo: msi.address as u32,
-            address_hi: (msi.address >> 32) as u32,
-            data: msi.data,
-            ..Default::default()
-        };
-        // An error says that no LAPIC takes the message, as on a bus: it is lost.
-        let _ = self.shared.mapped.fd.signal_msi(message);
+        self.shared.signal(msi);
     }
 
     fn set_pic_output(&self, high: bool) {
@@ -206,5 +282,21 @@ impl Vm for KvmVm {
         if let Some(attention) = self.shared.attention.get(vcpu as usize) {
             attention.want_nmi();
         }
+    }
+
+    fn doorbell(
+        &self,
+        doorbell: Doorbell,
+        notify: Arc<dyn Notify>,
+    ) -> Result<DoorbellHandle, EngineError> {
+        doorbell::register(&self.shared, doorbell, notify)
+    }
+
+    fn msi_line(&self) -> Result<Arc<dyn MsiLine>, EngineError> {
+        Ok(Arc::new(Line::new(self.shared.clone())))
+    }
+
+    fn dirty_log(&self) -> Option<&dyn DirtyLog> {
+        Some(self.shared.as_ref())
     }
 }

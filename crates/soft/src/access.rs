@@ -2,6 +2,7 @@
 //! page-crossing operands, device registers, ROM, and writes to pages that hold translated code.
 #![allow(unsafe_code)]
 use crate::cpu::Cpu;
+use crate::debug::data_hits;
 use crate::exception::Exception;
 use crate::mmu::{As, Want};
 use crate::mode::MmuIndex;
@@ -190,21 +191,16 @@ impl Cpu {
     /// Notes hits of data breakpoints (Intel SDM 3B 17.2.5); while any is enabled the CPU steps,
     /// so that the run loop sees them after the instruction.
     fn watch(&mut self, address: u64, size: usize, write: bool, who: As) {
-        let dr7 = self.sys.debug[5];
-        if dr7 & 0xff == 0 || who == As::System {
+        if who == As::System {
             return;
         }
-        for n in 0..4 {
-            let kind = dr7 >> (16 + 4 * n) & 3;
-            let enabled = dr7 >> (2 * n) & 3 != 0;
-            let matches = kind == 3 || (kind == 1 && write);
-            let length = [1, 2, 8, 4][(dr7 >> (18 + 4 * n) & 3) as usize];
-            let start = self.sys.debug[n] & !(length - 1);
-            let overlap = address < start.saturating_add(length)
-                && start < address.saturating_add(size as u64);
-            if enabled && matches && overlap {
-                self.sys.debug_hits |= 1 << n;
-            }
+        let dr7 = self.sys.debug[5];
+        if dr7 & 0xff != 0 {
+            self.sys.debug_hits |= data_hits(&self.sys.debug, dr7, address, size, write);
+        }
+        if self.outside.dr7 != 0 {
+            let (addresses, dr7) = (&self.outside.addresses, self.outside.dr7);
+            self.outside.hits |= data_hits(addresses, dr7, address, size, write);
         }
     }
 
@@ -240,6 +236,7 @@ impl Cpu {
             return;
         }
         let Some(host) = vm.ram.bytes(physical, data.len()) else { return };
+        vm.dirty.note(physical);
         // SAFETY: as in `physical_read`; the page is not read-only.
         unsafe { store_bytes(host, data) };
         if page.code.load(Ordering::SeqCst) != 0 {
@@ -300,6 +297,7 @@ impl Cpu {
                 if page.code.load(Ordering::SeqCst) != 0 {
                     self.pending_write = PendingWrite::Code(physical, size);
                 }
+                vm.dirty.note(physical);
                 return Ok(page.host as u64 + (physical & 0xfff));
             }
         }

@@ -202,6 +202,8 @@ pub struct Cpu {
     pub stepping: bool,
     /// The next block is to be one without groups.
     pub plain: bool,
+    /// What a debugger outside the guest asked for.
+    pub outside: crate::debug::Outside,
     /// Base of CS for which links and jump caches were filled.
     pub jump_base: u64,
     /// Timer and signal stack of the thread in `Vcpu::run`.
@@ -276,7 +278,8 @@ impl Cpu {
         let step = self.stepping
             || self.rflags & rflags::TF != 0
             || self.execution_breakpoints()
-            || self.data_breakpoints();
+            || self.data_breakpoints()
+            || self.outside.is_active();
         set(step, Mode::STEP);
         set(self.sys.shadow, Mode::SHADOW);
         set(self.sys.cr0 & cr0::TS != 0, Mode::TASK_SWITCHED);
@@ -333,10 +336,11 @@ impl Cpu {
         (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0)
     }
 
-    /// Whether DR7 enables a breakpoint on data or port accesses.
+    /// Whether DR7, or a debugger outside, enables a breakpoint on data or port accesses.
     pub fn data_breakpoints(&self) -> bool {
-        let dr7 = self.sys.debug[5];
-        (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 != 0)
+        let on_data =
+            |dr7: u64| (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 != 0);
+        on_data(self.sys.debug[5]) || on_data(self.outside.dr7)
     }
 
     /// The linear address of `offset` in segment `name` for an access of `size` bytes, after the

@@ -19,6 +19,8 @@ mod codemem;
 mod control;
 mod cpu;
 mod cpuid;
+mod debug;
+mod dirty;
 mod emit;
 mod events;
 mod exception;
@@ -29,6 +31,7 @@ mod instruction_set;
 mod interrupt;
 mod lapic;
 mod legacy;
+mod line;
 mod mmu;
 mod mode;
 mod msr;
@@ -55,7 +58,10 @@ mod vector_memory;
 mod vm;
 mod xsave;
 
-use engine::{Engine, EngineError, Msi, Vcpu, Vm, VmConfig};
+use engine::{
+    DirtyLog, Doorbell, DoorbellHandle, Engine, EngineError, Msi, MsiLine, Notify, Vcpu, Vm,
+    VmConfig,
+};
 use instruction_set::InstructionSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -145,7 +151,10 @@ impl Engine for SoftEngine {
         Ok(Arc::new(SoftVm {
             shared: Arc::new(vm::VmShared {
                 options: self.options,
-                ram: ram::Ram::new(config.memory, &read_only),
+                doorbells: Arc::default(),
+                dirty: dirty::Log::new(config.memory.clone()),
+                ram: ram::Ram::new(config.memory.clone(), &read_only),
+                memory: config.memory,
                 features,
                 instructions: InstructionSet::new(features),
                 model: config.cpu,
@@ -182,5 +191,22 @@ impl Vm for SoftVm {
         if let Some(mailbox) = self.shared.mailboxes.get(vcpu as usize) {
             mailbox.post(vm::pending::NMI);
         }
+    }
+
+    fn doorbell(
+        &self,
+        doorbell: Doorbell,
+        notify: Arc<dyn Notify>,
+    ) -> Result<DoorbellHandle, EngineError> {
+        let entry = self.shared.doorbells.add(&self.shared.memory, doorbell, notify)?;
+        Ok(DoorbellHandle::new(entry))
+    }
+
+    fn msi_line(&self) -> Result<Arc<dyn MsiLine>, EngineError> {
+        Ok(Arc::new(line::Line::new(self.shared.clone())))
+    }
+
+    fn dirty_log(&self) -> Option<&dyn DirtyLog> {
+        Some(self.shared.as_ref())
     }
 }

@@ -328,13 +328,15 @@ impl Cpu {
             no_execute |= entry & NO_EXECUTE != 0;
             if level == 1 || large {
                 self.check_rights(rights, no_execute, request)?;
-                set_used(slot, entry, request.want == Want::Write);
+                if set_used(slot, entry, request.want == Want::Write) {
+                    self.vm.dirty.note(table);
+                }
                 let offset = (1u64 << (12 + 9 * (level - 1))) - 1;
                 let physical = (entry & ADDRESS & !offset) | (address & offset);
                 return Ok(Translation { physical, global: self.is_global(entry) });
             }
-            if entry & ACCESSED == 0 {
-                slot.fetch_or(ACCESSED, Ordering::AcqRel);
+            if set_used(slot, entry, false) {
+                self.vm.dirty.note(table);
             }
             table = entry & ADDRESS;
             level -= 1;
@@ -354,14 +356,16 @@ impl Cpu {
                 return Err(fault::RESERVED | fault::PRESENT);
             }
             self.check_rights(entry, false, request)?;
-            set_used_32(slot, entry as u32, request.want == Want::Write);
+            if set_used_32(slot, entry as u32, request.want == Want::Write) {
+                self.vm.dirty.note(directory);
+            }
             // PSE-36: bits 13–20 of the entry are bits 32–39 of the address.
             let physical =
                 (entry & 0xffc0_0000) | (entry >> 13 & 0xff) << 32 | (address & 0x3f_ffff);
             return Ok(Translation { physical, global: self.is_global(entry) });
         }
-        if entry & ACCESSED == 0 {
-            slot.fetch_or(ACCESSED as u32, Ordering::AcqRel);
+        if set_used_32(slot, entry as u32, false) {
+            self.vm.dirty.note(directory);
         }
         let table = (entry & 0xffff_f000) | (address >> 12 & 0x3ff) << 2;
         let slot = self.vm.ram.entry32(table).ok_or(0u32)?;
@@ -371,7 +375,9 @@ impl Cpu {
         }
         let rights = entry & leaf;
         self.check_rights(rights, false, request)?;
-        set_used_32(slot, leaf as u32, request.want == Want::Write);
+        if set_used_32(slot, leaf as u32, request.want == Want::Write) {
+            self.vm.dirty.note(table);
+        }
         let physical = (leaf & 0xffff_f000) | (address & 0xfff);
         Ok(Translation { physical, global: self.is_global(leaf) })
     }
@@ -418,6 +424,9 @@ impl Cpu {
         }
         if write && (page.read_only || page.code.load(Ordering::SeqCst) != 0) {
             return Ok(None);
+        }
+        if write {
+            vm.dirty.note(translation.physical);
         }
         self.tlb.fill(mmu, write, address, Page { host, global: translation.global });
         Ok(Some(host + (address & 0xfff)))
@@ -492,17 +501,21 @@ fn reserved_bits(level: u32, large: bool, no_execute_on: bool, long: bool) -> u6
     bits
 }
 
-/// Sets the accessed bit, and the dirty bit for a write.
-fn set_used(slot: &AtomicU64, entry: u64, write: bool) {
+/// Sets the accessed bit, and the dirty bit for a write; answers whether the entry changed.
+fn set_used(slot: &AtomicU64, entry: u64, write: bool) -> bool {
     let wanted = ACCESSED | if write { DIRTY } else { 0 };
-    if entry & wanted != wanted {
+    let changes = entry & wanted != wanted;
+    if changes {
         slot.fetch_or(wanted, Ordering::AcqRel);
     }
+    changes
 }
 
-fn set_used_32(slot: &std::sync::atomic::AtomicU32, entry: u32, write: bool) {
+fn set_used_32(slot: &std::sync::atomic::AtomicU32, entry: u32, write: bool) -> bool {
     let wanted = (ACCESSED | if write { DIRTY } else { 0 }) as u32;
-    if entry & wanted != wanted {
+    let changes = entry & wanted != wanted;
+    if changes {
         slot.fetch_or(wanted, Ordering::AcqRel);
     }
+    changes
 }

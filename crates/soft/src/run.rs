@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 use crate::cache::BlockId;
 use crate::cpu::{Cpu, IoPointer, jump_slot};
+use crate::dirty::Running;
 use crate::events;
 use crate::exception::Exception;
 use crate::fpu;
@@ -18,6 +19,9 @@ use engine::{EngineError, Halt, VcpuIo};
 use iced_x86::Mnemonic;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+
+/// What [`Cpu::attend`] takes out of the mailbox itself.
+const ATTENDED: u32 = pending::KICK | pending::CODE | pending::GUARD | pending::EMPTY_TLB;
 
 /// What polls load from while nobody wants the vCPU's attention.
 static POLL_QUIET: u32 = 0;
@@ -103,7 +107,9 @@ fn on_this_thread<T>(
     fpu::x87_from_area(cpu);
     cpu.update_mode();
     cpu.timer_changed();
+    let running = Running::new(cpu.vm.clone(), cpu.index);
     let result = work(cpu);
+    drop(running);
     fpu::x87_to_area(cpu);
     fpu::reset_host_x87();
     signals::unbind();
@@ -136,7 +142,11 @@ fn one(cpu: &mut Cpu) -> Result<Option<Halt>, EngineError> {
 fn cycle(cpu: &mut Cpu) -> Result<Halt, EngineError> {
     loop {
         if let Some(halt) = end(cpu)? {
+            cpu.outside.take_stop();
             return Ok(halt);
+        }
+        if let Some(stop) = cpu.outside.take_stop() {
+            return Ok(Halt::Debug(stop));
         }
         if cpu.attend() {
             return Ok(Halt::Kicked);
@@ -145,11 +155,14 @@ fn cycle(cpu: &mut Cpu) -> Result<Halt, EngineError> {
             cpu.wait();
             continue;
         }
-        if events::take_event(cpu) {
+        if !cpu.outside.holds_interrupts() && events::take_event(cpu) {
             continue;
         }
         if cpu.mode.step() || cpu.mode.shadow() {
-            single(cpu)?;
+            if !cpu.stops_here() {
+                single(cpu)?;
+                cpu.stops_after();
+            }
         } else {
             stretch(cpu)?;
         }
@@ -390,9 +403,11 @@ impl Cpu {
         if bits == 0 {
             return false;
         }
-        mailbox
-            .pending
-            .fetch_and(!(pending::KICK | pending::CODE | pending::GUARD), Ordering::SeqCst);
+        mailbox.pending.fetch_and(!ATTENDED, Ordering::SeqCst);
+        if bits & pending::EMPTY_TLB != 0 {
+            self.tlb.flush();
+            mailbox.attendance.answer();
+        }
         if bits & pending::GUARD != 0 {
             self.stop_writing(mailbox);
         }

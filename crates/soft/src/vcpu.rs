@@ -10,7 +10,7 @@ use crate::vm::{VmShared, pending};
 use crate::{events, run, thunks};
 use arch::VcpuState;
 use arch::registers::gpr::RDX;
-use engine::{EngineError, Halt, Kick, Step, Vcpu, VcpuIo};
+use engine::{DebugPlan, Debugger, EngineError, Halt, Kick, Step, Vcpu, VcpuIo};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -93,6 +93,7 @@ unsafe fn place(cpu: *mut Cpu, cache: CodeCache, vm: Arc<VmShared>, index: u32) 
         (&raw mut (*cpu).io).write(None);
         (&raw mut (*cpu).defect).write(None);
         (&raw mut (*cpu).timer).write(None);
+        (&raw mut (*cpu).outside).write(Default::default());
     }
 }
 
@@ -119,7 +120,8 @@ impl Kick for Kicker {
 
 impl Vcpu for SoftVcpu {
     fn run(&mut self, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
-        run::run(self.cpu(), io)
+        let doorbells = self.shared.doorbells.clone();
+        run::run(self.cpu(), &doorbells.before(io))
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {
@@ -151,10 +153,21 @@ impl Vcpu for SoftVcpu {
     fn stepper(&mut self) -> Option<&mut dyn Step> {
         Some(self)
     }
+
+    fn debugger(&mut self) -> Option<&mut dyn Debugger> {
+        Some(self)
+    }
+}
+
+impl Debugger for SoftVcpu {
+    fn set_plan(&mut self, plan: &DebugPlan) -> Result<(), EngineError> {
+        Ok(self.cpu().set_debug_plan(plan)?)
+    }
 }
 
 impl Step for SoftVcpu {
     fn step(&mut self, io: &dyn VcpuIo) -> Result<Option<Halt>, EngineError> {
-        run::step(self.cpu(), io)
+        let doorbells = self.shared.doorbells.clone();
+        run::step(self.cpu(), &doorbells.before(io))
     }
 }

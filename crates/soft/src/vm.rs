@@ -1,10 +1,11 @@
 //! What the vCPUs of one VM share: memory, mailboxes, and which pages hold translated code.
+use crate::dirty::{Attendance, Log};
 use crate::instruction_set::InstructionSet;
 use crate::ram::Ram;
 use arch::{CpuModel, FeatureSet};
-use engine::Msi;
+use engine::{Doorbells, GuestMemory, Msi};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// Shared by all vCPUs of a VM.
@@ -13,6 +14,12 @@ pub struct VmShared {
     pub options: crate::Options,
     /// Guest RAM.
     pub ram: Ram,
+    /// The same, as the machine gave it.
+    pub memory: Arc<GuestMemory>,
+    /// Writes that ring.
+    pub doorbells: Arc<Doorbells>,
+    /// Which pages were written.
+    pub dirty: Log,
     /// The CPU shown to the guest.
     pub model: CpuModel,
     /// What a state may need: what the model announces, and a little more.
@@ -47,6 +54,8 @@ pub mod pending {
     pub const TIMER: u32 = 1 << 6;
     /// Drop write access to the pages in `Mailbox::guarded`, which now hold code.
     pub const GUARD: u32 = 1 << 7;
+    /// Empty the TLBs, and answer through `Mailbox::attendance`.
+    pub const EMPTY_TLB: u32 = 1 << 8;
 }
 
 /// Where other threads leave word for a vCPU.
@@ -69,6 +78,8 @@ pub struct Mailbox {
     pub written_code: Mutex<Vec<Written>>,
     /// Pages (guest-physical) that the vCPU of the second number began to translate.
     pub guarded: Mutex<Vec<(u64, u32)>>,
+    /// Whether the vCPU runs, and has emptied its TLBs as it was asked to.
+    pub attendance: Attendance,
     sleeping: Mutex<bool>,
     wake: Condvar,
 }

@@ -189,7 +189,8 @@ fn thread_main(mut vcpu: Box<dyn Vcpu>, context: &VcpuContext, control: &VcpuCon
     let _guard = PanicGuard { context, control };
     while control.next() {
         match vcpu.run(context.io.as_ref()) {
-            Ok(Halt::Kicked) => {}
+            // A stop for a debugger comes only where one is: the guest just goes on.
+            Ok(Halt::Kicked | Halt::Debug(_)) => {}
             Ok(Halt::TripleFault) => {
                 // The CPU is shut down until RESET (Intel SDM 3A 6.15), and a reset makes new
                 // vCPUs: this thread waits to be finished.

@@ -2,7 +2,10 @@
 use crate::console::Console;
 use crate::{BootSource, Bytes, CpuChoice, Host, Image, Machine, MachineConfig, Notice, Serial};
 use arch::{CpuModel, VcpuState};
-use engine::{Engine, EngineError, Halt, Kick, Msi, Vcpu, VcpuIo, Vm, VmConfig};
+use engine::{
+    Debugger, DirtyLog, Doorbell, DoorbellHandle, Doorbells, Engine, EngineError, GuestMemory,
+    Halt, Kick, Msi, MsiLine, Notify, Vcpu, VcpuIo, Vm, VmConfig,
+};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -70,11 +73,13 @@ struct FakeVcpu {
     kick: Arc<FakeKick>,
     script: Arc<Script>,
     messages: Arc<Mutex<Vec<Msi>>>,
+    doorbells: Arc<Doorbells>,
 }
 
 impl Vcpu for FakeVcpu {
     fn run(&mut self, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
         let (kick, messages) = (&*self.kick, &*self.messages);
+        let io = &self.doorbells.before(io);
         (self.script)(&Cpu { index: self.index, boot: self.boot, io, kick, messages })
     }
     fn kicker(&self) -> Arc<dyn Kick> {
@@ -87,12 +92,35 @@ impl Vcpu for FakeVcpu {
         self.state = state.clone();
         Ok(())
     }
+    fn debugger(&mut self) -> Option<&mut dyn Debugger> {
+        None
+    }
 }
 
 struct FakeVm {
     boot: u32,
     script: Arc<Script>,
     messages: Arc<Mutex<Vec<Msi>>>,
+    memory: Arc<GuestMemory>,
+    doorbells: Arc<Doorbells>,
+}
+
+struct FakeLine {
+    message: Mutex<Option<Msi>>,
+    messages: Arc<Mutex<Vec<Msi>>>,
+}
+
+impl MsiLine for FakeLine {
+    fn program(&self, message: Option<Msi>) -> Result<(), EngineError> {
+        *self.message.lock().unwrap() = message;
+        Ok(())
+    }
+    fn trigger(&self) {
+        self.messages.lock().unwrap().extend(*self.message.lock().unwrap());
+    }
+    fn event(&self) -> Result<Option<OwnedFd>, EngineError> {
+        Ok(None)
+    }
 }
 
 impl Vm for FakeVm {
@@ -104,6 +132,7 @@ impl Vm for FakeVm {
             kick: Arc::default(),
             script: self.script.clone(),
             messages: self.messages.clone(),
+            doorbells: self.doorbells.clone(),
         }))
     }
     fn signal_msi(&self, msi: Msi) {
@@ -111,6 +140,19 @@ impl Vm for FakeVm {
     }
     fn set_pic_output(&self, _high: bool) {}
     fn signal_nmi(&self, _vcpu: u32) {}
+    fn doorbell(
+        &self,
+        doorbell: Doorbell,
+        notify: Arc<dyn Notify>,
+    ) -> Result<DoorbellHandle, EngineError> {
+        Ok(DoorbellHandle::new(self.doorbells.add(&self.memory, doorbell, notify)?))
+    }
+    fn msi_line(&self) -> Result<Arc<dyn MsiLine>, EngineError> {
+        Ok(Arc::new(FakeLine { message: Mutex::default(), messages: self.messages.clone() }))
+    }
+    fn dirty_log(&self) -> Option<&dyn DirtyLog> {
+        None
+    }
 }
 
 pub struct FakeEngine {
@@ -137,10 +179,12 @@ impl Engine for FakeEngine {
     fn host_cpu(&self) -> CpuModel {
         CpuModel::default()
     }
-    fn create_vm(&self, _config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
         let boot = self.boots.fetch_add(1, Ordering::Relaxed);
         let script = self.script.clone();
-        let vm = Arc::new(FakeVm { boot, script, messages: Arc::default() });
+        let memory = config.memory;
+        let (messages, doorbells) = Default::default();
+        let vm = Arc::new(FakeVm { boot, script, messages, memory, doorbells });
         let last = std::mem::replace(&mut *self.last.lock().unwrap(), Arc::downgrade(&vm));
         assert!(last.upgrade().is_none(), "the VM from before the reset is still there");
         Ok(vm)
