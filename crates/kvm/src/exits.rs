@@ -1,10 +1,15 @@
 //! What a guest asks of the machine: ports and device registers.
 #![allow(unsafe_code)]
+use crate::KeepInGuest;
+use crate::error::refused;
 use crate::memory::ReadOnly;
 use arch::GuestPhysical;
-use engine::VcpuIo;
-use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO};
-use kvm_ioctls::VcpuFd;
+use engine::{EngineError, VcpuIo};
+use kvm_bindings::{
+    KVM_CAP_X86_DISABLE_EXITS, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_X86_DISABLE_EXITS_HLT,
+    KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE, kvm_enable_cap,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
 
 /// The accesses of one KVM_EXIT_IO: a string instruction makes several.
 #[derive(Clone, Copy)]
@@ -54,6 +59,36 @@ pub fn mmio_write(io: &dyn VcpuIo, read_only: &ReadOnly, address: u64, data: &[u
     if !read_only.iter().any(|&(start, end)| (start..end).contains(&address)) {
         io.mmio_write(GuestPhysical(address), data);
     }
+}
+
+/// Has KVM not leave the guest for some instructions, before there are vCPUs (api.rst §7.13).
+///
+/// # Errors
+/// Names the instructions for which this host's KVM must leave.
+pub fn keep_in_guest(vm: &VmFd, keep: KeepInGuest) -> Result<(), EngineError> {
+    let all = [
+        (keep.hlt, KVM_X86_DISABLE_EXITS_HLT, "HLT"),
+        (keep.pause, KVM_X86_DISABLE_EXITS_PAUSE, "PAUSE"),
+        (keep.mwait, KVM_X86_DISABLE_EXITS_MWAIT, "MWAIT"),
+    ];
+    let wanted = all.iter().filter(|(on, ..)| *on);
+    let bits = wanted.clone().fold(0, |bits, (_, bit, _)| bits | bit);
+    if bits == 0 {
+        return Ok(());
+    }
+    let offered = vm.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into()) as u32;
+    let missing: Vec<_> =
+        wanted.filter(|(_, bit, _)| offered & bit == 0).map(|(.., name)| *name).collect();
+    if !missing.is_empty() {
+        return Err(EngineError::Unsupported(format!(
+            "this host's KVM cannot keep {} in the guest (KVM_CAP_X86_DISABLE_EXITS); leave that \
+             option out",
+            missing.join(" and ")
+        )));
+    }
+    let mut enable = kvm_enable_cap { cap: KVM_CAP_X86_DISABLE_EXITS, ..Default::default() };
+    enable.args[0] = bits.into();
+    vm.enable_cap(&enable).map_err(refused("KVM does not enable KVM_CAP_X86_DISABLE_EXITS"))
 }
 
 /// What KVM says of an internal error (api.rst §5, KVM_EXIT_INTERNAL_ERROR).

@@ -47,6 +47,8 @@ pub struct Options {
     /// Executes what KVM's instruction emulator does not know; without it, guests end with an
     /// error there.
     pub companion: Option<Companion>,
+    /// For which instructions the guest is not left.
+    pub keep_in_guest: KeepInGuest,
     /// Keep the dirty log in rings, where KVM has them: harvests cost by the page written and
     /// not by the size of memory. Each vCPU takes 64 KiB of the kernel's memory for its ring.
     pub dirty_rings: bool,
@@ -54,8 +56,21 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { companion: None, dirty_rings: true }
+        Self { companion: None, keep_in_guest: KeepInGuest::default(), dirty_rings: true }
     }
+}
+
+/// Idle instructions for which KVM does not leave the guest. That saves a latency of some
+/// microseconds where each vCPU has a host CPU to itself, and else wastes host CPUs: they seem
+/// busy while the guest sleeps. By default it leaves for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeepInGuest {
+    /// HLT.
+    pub hlt: bool,
+    /// PAUSE, for which KVM else leaves when a guest spins.
+    pub pause: bool,
+    /// MWAIT.
+    pub mwait: bool,
 }
 
 /// The KVM engine.
@@ -76,7 +91,8 @@ impl KvmEngine {
         Self::with_options(Options::default())
     }
 
-    /// The engine with other options than the default ones.
+    /// The engine with other options than the default ones. Those that need something that this
+    /// host's KVM lacks are refused when a VM is made.
     ///
     /// # Errors
     /// As [`Self::new`].

@@ -9,12 +9,12 @@ use common::{Guest, Mode, at, done, engine, say};
 use cputest::layout::{read, read_u32};
 use cputest::machine::{Access, make_vm};
 use engine::{
-    Breakpoint, BreakpointKind, DebugPlan, DebugStop, DirtyRange, Doorbell, DoorbellPlace, Halt,
-    Msi, Notify, Rings, Width,
+    Breakpoint, BreakpointKind, DebugPlan, DebugStop, DirtyRange, Doorbell, DoorbellPlace, Engine,
+    EngineError, Halt, Msi, Notify, Rings, Width,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use kvm::{KvmEngine, Options};
+use kvm::{KeepInGuest, KvmEngine, Options};
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -257,7 +257,7 @@ fn range(start: u64, pages: u64) -> DirtyRange {
 fn with_dirty_rings(dirty_rings: bool) -> Option<KvmEngine> {
     engine()?;
     let companion: kvm::Companion = || Ok(Arc::new(soft::SoftEngine::new()?));
-    let options = Options { companion: Some(companion), dirty_rings };
+    let options = Options { companion: Some(companion), dirty_rings, ..Options::default() };
     Some(KvmEngine::with_options(options).unwrap())
 }
 
@@ -375,10 +375,48 @@ fn copies_of_harvested_pages_make_up_the_memory_of_a_running_guest() {
     }
 }
 
+fn keeping(keep_in_guest: KeepInGuest) -> Result<(), EngineError> {
+    let options = Options { keep_in_guest, ..Options::default() };
+    let engine = KvmEngine::with_options(options)?;
+    let mut guest = Guest::new(&engine, Mode::Long, &|a| {
+        a.pause()?;
+        a.mov(eax, 6)?;
+        say(a)?;
+        done(a)
+    });
+    guest.run();
+    assert_eq!(guest.said(), [6]);
+    Ok(())
+}
+
 /// What this host's KVM says of a capability.
 fn offered(capability: u32) -> i32 {
     let kvm = kvm_ioctls::Kvm::new().unwrap();
     kvm.check_extension_raw(capability.into())
+}
+
+#[test]
+fn idle_instructions_stay_in_the_guest_or_are_refused_by_name() {
+    let Some(engine) = engine() else { return };
+    let bits = offered(kvm_bindings::KVM_CAP_X86_DISABLE_EXITS) as u32;
+    let none = KeepInGuest::default();
+    let all = [
+        (KeepInGuest { hlt: true, ..none }, kvm_bindings::KVM_X86_DISABLE_EXITS_HLT, "HLT"),
+        (KeepInGuest { pause: true, ..none }, kvm_bindings::KVM_X86_DISABLE_EXITS_PAUSE, "PAUSE"),
+        (KeepInGuest { mwait: true, ..none }, kvm_bindings::KVM_X86_DISABLE_EXITS_MWAIT, "MWAIT"),
+    ];
+    for (keep_in_guest, bit, name) in all {
+        if bits & bit != 0 {
+            keeping(keep_in_guest).unwrap();
+            continue;
+        }
+        let options = Options { keep_in_guest, ..Options::default() };
+        let engine = KvmEngine::with_options(options).unwrap();
+        let error = make_vm(&engine, at::RAM, 1).err().unwrap().to_string();
+        assert!(error.contains(&format!("cannot keep {name} in the guest")), "{error}");
+        assert!(error.contains("KVM_CAP_X86_DISABLE_EXITS"), "{error}");
+    }
+    assert_eq!(engine.name(), "kvm");
 }
 
 fn plan(guest: &mut Guest, single_step: bool, breakpoints: &[(u64, BreakpointKind)]) {
