@@ -5,7 +5,8 @@
 //! the run loop and `exits` what guests ask of the machine; `attention` makes a running vCPU
 //! look up; `state` translates between KVM's structures and the engine-neutral state. Where
 //! KVM's instruction emulator does not know an instruction, `completion` lets a companion engine
-//! execute it. `doorbell`, `line`, `dirty` (with `ring`) and `debug` are the contract's powers.
+//! execute it. `doorbell`, `line`, `dirty` (with `ring`) and `debug` are the contract's powers,
+//! `msr_filter` says which MSRs guests reach.
 //!
 //! Source for KVM's interface: Linux, Documentation/virt/kvm/api.rst; sections are cited as
 //! "api.rst §4.35".
@@ -23,6 +24,7 @@ mod exits;
 mod host;
 mod line;
 mod memory;
+mod msr_filter;
 mod raw;
 mod ring;
 mod routes;

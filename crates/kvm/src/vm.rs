@@ -8,7 +8,7 @@ use crate::memory::MappedVm;
 use crate::routes::{IOAPIC_ROUTES, LevelRoutes, Routes};
 use crate::state::Layout;
 use crate::vcpu::KvmVcpu;
-use crate::{Options, cpuid, doorbell, exits};
+use crate::{Options, cpuid, doorbell, exits, msr_filter};
 use arch::FeatureSet;
 use engine::{
     DirtyLog, Doorbell, DoorbellHandle, Doorbells, EngineError, Msi, MsiLine, Notify, Vcpu, Vm,
@@ -98,6 +98,7 @@ impl KvmVm {
         let mapped = MappedVm::new(kvm, fd, &config)?;
         prepare_chips(kvm, &mapped, &config)?;
         exits::keep_in_guest(&mapped.fd, options.keep_in_guest)?;
+        msr_filter::set(&mapped.fd, &config.cpu)?;
         let means = Means::choose(kvm, &mapped, options.dirty_rings)?;
         let attention = (0..config.vcpus).map(|_| Arc::default()).collect();
         Ok(Self {

@@ -419,6 +419,44 @@ fn idle_instructions_stay_in_the_guest_or_are_refused_by_name() {
     assert_eq!(engine.name(), "kvm");
 }
 
+/// Whether reading an MSR gives #GP.
+fn is_refused(engine: &KvmEngine, index: u32) -> bool {
+    let mut guest = Guest::new(engine, Mode::Long, &|a| {
+        a.mov(ecx, index)?;
+        a.rdmsr()?;
+        a.mov(eax, 1)?;
+        say(a)?;
+        done(a)
+    });
+    guest.handler(13, at::HANDLER);
+    guest.put(at::HANDLER, &|a| {
+        a.mov(eax, 13)?;
+        say(a)?;
+        done(a)
+    });
+    guest.run();
+    match guest.said()[..] {
+        [1] => false,
+        [13] => true,
+        ref other => panic!("{other:x?}"),
+    }
+}
+
+#[test]
+fn a_guest_reaches_only_msrs_that_the_engine_knows() {
+    let Some(engine) = engine() else { return };
+    for index in [arch::msr::PAT, arch::msr::EFER, arch::msr::TSC, arch::msr::APIC_BASE] {
+        assert!(!is_refused(&engine, index), "{index:#x}");
+    }
+    if offered(kvm_bindings::KVM_CAP_X86_MSR_FILTER) <= 0 {
+        return; // KVM's own rules stay.
+    }
+    // A performance counter, platform information, IA32_XSS, VM_CR: KVM has them or not.
+    for index in [0xc1, 0xce, 0xda0, 0xc001_0114] {
+        assert!(is_refused(&engine, index), "{index:#x}");
+    }
+}
+
 fn plan(guest: &mut Guest, single_step: bool, breakpoints: &[(u64, BreakpointKind)]) {
     let mut plan = DebugPlan { single_step, ..DebugPlan::default() };
     for (place, &(address, kind)) in plan.breakpoints.iter_mut().zip(breakpoints) {
