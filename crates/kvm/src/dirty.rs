@@ -6,6 +6,7 @@ use crate::memory::MappedVm;
 use crate::raw;
 use crate::ring::Ring;
 use crate::vm::VmShared;
+use crate::{DirtyLogMeans, Virtualisation, host};
 use arch::GuestPhysical;
 use arch::address::PAGE_SIZE;
 use engine::{DirtyLog, DirtyMap, DirtyRange, EngineError, Vm};
@@ -33,11 +34,16 @@ pub enum Means {
 }
 
 impl Means {
-    /// Chooses, before there are vCPUs: rings, if they are wanted and offered.
+    /// Chooses, before there are vCPUs.
     ///
     /// # Errors
     /// KVM refuses what it offers.
-    pub fn choose(kvm: &Kvm, mapped: &MappedVm, rings: bool) -> Result<Self, EngineError> {
+    pub fn choose(kvm: &Kvm, mapped: &MappedVm, wish: DirtyLogMeans) -> Result<Self, EngineError> {
+        let rings = match wish {
+            DirtyLogMeans::Auto => host::virtualisation() != Virtualisation::None,
+            DirtyLogMeans::Rings => true,
+            DirtyLogMeans::Bitmaps => false,
+        };
         let offered = |cap: u32| kvm.check_extension_raw(cap.into());
         for cap in [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING] {
             let most = u32::try_from(offered(cap)).unwrap_or(0);
@@ -134,14 +140,22 @@ impl VmShared {
 
     fn collect_rings(&self, parts: &mut Parts) -> Result<(), EngineError> {
         let Parts { map, rings, .. } = parts;
+        let mut whole = true;
         for ring in rings {
-            ring.collect(|slot, page| {
+            whole &= ring.collect(|slot, page| {
                 if let Some(map) = map
                     && let Some(start) = self.mapped.slot_start(slot)
                 {
                     map.mark(GuestPhysical(start.saturating_add(page.saturating_mul(PAGE_SIZE))));
                 }
             });
+        }
+        if !whole {
+            return Err(EngineError::Unsupported(
+                "KVM has overrun a vCPU's dirty ring (KVM_CAP_DIRTY_LOG_RING), and the log is not \
+                 complete; keep it in bitmaps"
+                    .into(),
+            ));
         }
         raw::reset_dirty_rings(&self.mapped.fd)
             .map_err(refused("KVM does not take dirty rings back (KVM_RESET_DIRTY_RINGS)"))

@@ -190,9 +190,9 @@ fn group_name(groups: &str, number: &str) -> Option<String> {
     })
 }
 
-/// The beginning of `/proc/cpuinfo`: the first CPU's part. The kernel makes the text as it is
+/// What backs KVM: from the beginning of `/proc/cpuinfo`, the first CPU's part. The kernel makes the text as it is
 /// read, which takes long for all CPUs of a large host.
-fn virtualisation() -> Virtualisation {
+pub fn virtualisation() -> Virtualisation {
     let mut text = String::new();
     if let Ok(file) = std::fs::File::open("/proc/cpuinfo") {
         let first =

@@ -44,22 +44,29 @@ use std::sync::Arc;
 pub type Companion = fn() -> Result<Arc<dyn Engine>, EngineError>;
 
 /// How the engine works.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// Executes what KVM's instruction emulator does not know; without it, guests end with an
     /// error there.
     pub companion: Option<Companion>,
     /// For which instructions the guest is not left.
     pub keep_in_guest: KeepInGuest,
-    /// Keep the dirty log in rings, where KVM has them: harvests cost by the page written and
-    /// not by the size of memory. Each vCPU takes 64 KiB of the kernel's memory for its ring.
-    pub dirty_rings: bool,
+    /// How KVM keeps the dirty log.
+    pub dirty_log: DirtyLogMeans,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self { companion: None, keep_in_guest: KeepInGuest::default(), dirty_rings: true }
-    }
+/// How KVM keeps the dirty log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DirtyLogMeans {
+    /// In rings where KVM offers them and the hardware does the work, else in bitmaps. A KVM that
+    /// emulates guests can write more pages in one go than a ring holds in reserve.
+    #[default]
+    Auto,
+    /// In rings where KVM offers them: harvests cost by the page written and not by the size of
+    /// memory. Each vCPU takes 64 KiB of the kernel's memory for its ring.
+    Rings,
+    /// In bitmaps, one for each part of memory.
+    Bitmaps,
 }
 
 /// Idle instructions for which KVM does not leave the guest. That saves a latency of some

@@ -56,8 +56,9 @@ impl Ring {
         }
     }
 
-    /// Collects what is in the ring: calls `each` with slot and page in it.
-    pub fn collect(&mut self, mut each: impl FnMut(u32, u64)) {
+    /// Collects what is in the ring: calls `each` with slot and page in it. Answers whether that
+    /// is all: KVM keeps some entries free, so that a full ring is one that it has overrun.
+    pub fn collect(&mut self, mut each: impl FnMut(u32, u64)) -> bool {
         let count = self.bytes / size_of::<kvm_dirty_gfn>();
         for _ in 0..count {
             // SAFETY: `next` is below the number of entries in the mapping.
@@ -66,7 +67,7 @@ impl Ring {
             // atomically too.
             let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry.as_ptr()).flags) };
             if flags.load(Ordering::Acquire) & DIRTY == 0 {
-                return;
+                return true;
             }
             // SAFETY: as above; KVM leaves an entry alone once it is dirty, until it is reset.
             let (slot, page) = unsafe { ((*entry.as_ptr()).slot, (*entry.as_ptr()).offset) };
@@ -74,6 +75,7 @@ impl Ring {
             flags.store(COLLECTED, Ordering::Release);
             self.next = (self.next + 1) % count;
         }
+        false
     }
 }
 

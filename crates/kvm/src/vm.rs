@@ -99,7 +99,7 @@ impl KvmVm {
         prepare_chips(kvm, &mapped, &config)?;
         exits::keep_in_guest(&mapped.fd, options.keep_in_guest)?;
         msr_filter::set(&mapped.fd, &config.cpu)?;
-        let means = Means::choose(kvm, &mapped, options.dirty_rings)?;
+        let means = Means::choose(kvm, &mapped, options.dirty_log)?;
         let attention = (0..config.vcpus).map(|_| Arc::default()).collect();
         Ok(Self {
             shared: Arc::new(VmShared {

@@ -14,7 +14,7 @@ use engine::{
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use kvm::{KeepInGuest, KvmEngine, Options};
+use kvm::{DirtyLogMeans, HostKvm, KeepInGuest, KvmEngine, Options, Virtualisation};
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -254,17 +254,17 @@ fn range(start: u64, pages: u64) -> DirtyRange {
     DirtyRange { start: GuestPhysical(start), length: pages * 0x1000 }
 }
 
-fn with_dirty_rings(dirty_rings: bool) -> Option<KvmEngine> {
+fn with_dirty_log(dirty_log: DirtyLogMeans) -> Option<KvmEngine> {
     engine()?;
     let companion: kvm::Companion = || Ok(Arc::new(soft::SoftEngine::new()?));
-    let options = Options { companion: Some(companion), dirty_rings, ..Options::default() };
+    let options = Options { companion: Some(companion), dirty_log, ..Options::default() };
     Some(KvmEngine::with_options(options).unwrap())
 }
 
 #[test]
 fn a_harvest_has_the_pages_written_since_the_one_before() {
-    for rings in [true, false] {
-        let Some(engine) = with_dirty_rings(rings) else { return };
+    for means in [DirtyLogMeans::Rings, DirtyLogMeans::Bitmaps] {
+        let Some(engine) = with_dirty_log(means) else { return };
         let mut guest = Guest::new(&engine, Mode::Protected, &|a| {
             a.mov(dword_ptr(at::DATA), 1)?;
             a.mov(eax, dword_ptr(at::DATA + 0x9000))?; // read only
@@ -298,37 +298,47 @@ fn a_harvest_has_the_pages_written_since_the_one_before() {
 }
 
 #[test]
-fn a_ring_that_overflows_loses_no_page() {
+fn more_pages_than_a_ring_has_are_all_told_or_the_harvest_fails() {
     const PAGES: u64 = 6000;
-    let Some(engine) = with_dirty_rings(true) else { return };
-    let (vm, memory) = make_vm(&engine, 0x20_0000 + PAGES * 0x1000, 1).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    let code = cputest::micro::assemble(32, at::CODE, |a| {
-        let mut again = a.create_label();
-        a.mov(ebx, 0x20_0000)?;
-        a.mov(ecx, PAGES as u32)?;
-        a.set_label(&mut again)?;
-        a.mov(dword_ptr(ebx), 1)?;
-        a.add(ebx, 0x1000)?;
-        a.dec(ecx)?;
-        a.jne(again)?;
-        done(a)
-    });
-    cputest::layout::write(&memory, at::CODE, &code);
-    let state = common::starting_state(vcpu.state().unwrap(), Mode::Protected);
-    vcpu.set_state(&state).unwrap();
-    let io = cputest::machine::Recorder::default();
-    io.kickers.lock().unwrap().push(vcpu.kicker());
-    let log = vm.dirty_log().unwrap();
-    log.start().unwrap();
-    assert_eq!(vcpu.run(&io).unwrap(), Halt::Kicked);
-    assert_eq!(log.harvest().unwrap(), [range(0x20_0000, PAGES)]);
+    for means in [DirtyLogMeans::Rings, DirtyLogMeans::Auto] {
+        let Some(engine) = with_dirty_log(means) else { return };
+        let (vm, memory) = make_vm(&engine, 0x20_0000 + PAGES * 0x1000, 1).unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let code = cputest::micro::assemble(32, at::CODE, |a| {
+            let mut again = a.create_label();
+            a.mov(ebx, 0x20_0000)?;
+            a.mov(ecx, PAGES as u32)?;
+            a.set_label(&mut again)?;
+            a.mov(dword_ptr(ebx), 1)?;
+            a.add(ebx, 0x1000)?;
+            a.dec(ecx)?;
+            a.jne(again)?;
+            done(a)
+        });
+        cputest::layout::write(&memory, at::CODE, &code);
+        let state = common::starting_state(vcpu.state().unwrap(), Mode::Protected);
+        vcpu.set_state(&state).unwrap();
+        let io = cputest::machine::Recorder::default();
+        io.kickers.lock().unwrap().push(vcpu.kicker());
+        let log = vm.dirty_log().unwrap();
+        log.start().unwrap();
+        let result = vcpu.run(&io).and_then(|_| log.harvest());
+        match result {
+            Ok(dirty) => assert_eq!(dirty, [range(0x20_0000, PAGES)]),
+            // A KVM that emulates the guest writes past the end.
+            Err(error) => {
+                assert_eq!(means, DirtyLogMeans::Rings, "{error}");
+                assert_eq!(HostKvm::probe().virtualisation, Virtualisation::None, "{error}");
+                assert!(error.to_string().contains("KVM_CAP_DIRTY_LOG_RING"), "{error}");
+            }
+        }
+    }
 }
 
 #[test]
 fn copies_of_harvested_pages_make_up_the_memory_of_a_running_guest() {
-    for rings in [true, false] {
-        let Some(engine) = with_dirty_rings(rings) else { return };
+    for means in [DirtyLogMeans::Rings, DirtyLogMeans::Bitmaps] {
+        let Some(engine) = with_dirty_log(means) else { return };
         let mut guest = Guest::new(&engine, Mode::Long, &|a| {
             let mut again = a.create_label();
             a.mov(eax, 1)?;
