@@ -341,7 +341,7 @@ on_each_engine!(copies_of_harvested_pages_make_up_the_memory_of_a_running_guest,
     let (vm, io, memory) = (guest.vm.clone(), guest.io.clone(), guest.memory.clone());
     let log = vm.dirty_log().unwrap();
     let mut copy = vec![0; at::RAM as usize];
-    let mut take = |dirty: Vec<DirtyRange>| {
+    let take = |copy: &mut [u8], dirty: Vec<DirtyRange>| {
         for DirtyRange { start, length } in dirty {
             let place = start.0 as usize..(start.0 + length) as usize;
             read(&memory, start.0, &mut copy[place]);
@@ -351,31 +351,30 @@ on_each_engine!(copies_of_harvested_pages_make_up_the_memory_of_a_running_guest,
     let vcpu = &mut guest.vcpus[0];
     vcpu.set_state(&state).unwrap();
     let kicker = vcpu.kicker();
-    thread::scope(|scope| {
-        let running = scope.spawn(|| vcpu.run(io.as_ref()).unwrap());
-        while io.out(SAY.into()).is_empty() {
-            thread::yield_now();
-        }
-        log.start().unwrap();
-        take(vec![DirtyRange { start: GuestPhysical(0), length: at::RAM }]);
-        for _ in 0..200 {
-            take(log.harvest().unwrap());
-        }
-        kicker.kick();
-        assert_eq!(running.join().unwrap(), Halt::Kicked);
-    });
-    take(log.harvest().unwrap());
-    let mut all = vec![0; at::RAM as usize];
-    read(&guest.memory, 0, &mut all);
-    let differing: Vec<_> =
-        (0..at::RAM).step_by(0x1000).filter(|p| differ(&copy, &all, *p as usize)).collect();
-    assert!(differing.is_empty(), "pages {differing:x?} were written unnoticed");
+    log.start().unwrap();
+    take(&mut copy, vec![DirtyRange { start: GuestPhysical(0), length: at::RAM }]);
+    // What one harvest misses, later writes would hide: many short runs.
+    for round in 0..60 {
+        thread::scope(|scope| {
+            let running = scope.spawn(|| vcpu.run(io.as_ref()).unwrap());
+            while io.out(SAY.into()).is_empty() {
+                thread::yield_now();
+            }
+            for _ in 0..5 {
+                take(&mut copy, log.harvest().unwrap());
+            }
+            kicker.kick();
+            assert_eq!(running.join().unwrap(), Halt::Kicked);
+        });
+        take(&mut copy, log.harvest().unwrap());
+        let mut all = vec![0; at::RAM as usize];
+        read(&memory, 0, &mut all);
+        let pages = copy.chunks(0x1000).zip(all.chunks(0x1000)).enumerate();
+        let differing: Vec<_> = pages.filter(|(_, (a, b))| a != b).map(|(n, _)| n).collect();
+        assert!(differing.is_empty(), "round {round}: {differing:x?} were written unnoticed");
+    }
     assert_ne!(read_u32(&guest.memory, at::DATA), 0);
 });
-
-fn differ(a: &[u8], b: &[u8], page: usize) -> bool {
-    a[page..page + 0x1000] != b[page..page + 0x1000]
-}
 
 /// Runs the first vCPU to the next stop for the debugger.
 fn stop(guest: &mut Guest) -> (DebugStop, u64) {
