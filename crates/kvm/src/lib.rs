@@ -36,8 +36,8 @@ pub use host::{Access, DEVICE_PATH, HostKvm, Virtualisation};
 
 use arch::CpuModel;
 use engine::{Engine, EngineError, Vm, VmConfig};
-use kvm_ioctls::Kvm;
-use std::sync::Arc;
+use kvm_ioctls::{Kvm, VmFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Makes the engine that executes what KVM's instruction emulator does not know, when a guest
 /// first needs it.
@@ -88,6 +88,8 @@ pub struct KvmEngine {
     /// Asking KVM takes as long as making the VM.
     cpuid: cpuid::Supported,
     options: Options,
+    /// A VM made in advance.
+    ready: Mutex<Option<VmFd>>,
 }
 
 impl KvmEngine {
@@ -109,7 +111,7 @@ impl KvmEngine {
         attention::install()?;
         let kvm = host::open()?;
         let cpuid = cpuid::Supported::read(&kvm)?;
-        Ok(Self { kvm, cpuid, options })
+        Ok(Self { kvm, cpuid, options, ready: Mutex::default() })
     }
 
     /// As [`Self::new`], with an engine that executes what KVM's instruction emulator does not
@@ -119,6 +121,16 @@ impl KvmEngine {
     /// As [`Self::new`].
     pub fn with_companion(companion: Companion) -> Result<Self, EngineError> {
         Self::with_options(Options { companion: Some(companion), ..Options::default() })
+    }
+
+    /// The engine with its first VM made in advance, so that a KVM that opens but makes no VMs is
+    /// told apart while there is still a choice of engines.
+    ///
+    /// # Errors
+    /// KVM makes no VM; the message says what may be the reason.
+    pub fn with_vm_ready(mut self) -> Result<Self, EngineError> {
+        self.ready = Mutex::new(Some(vm::make(&self.kvm)?));
+        Ok(self)
     }
 }
 
@@ -136,6 +148,7 @@ impl Engine for KvmEngine {
     }
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
-        Ok(Arc::new(vm::KvmVm::new(&self.kvm, &self.cpuid, config, self.options)?))
+        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(Arc::new(vm::KvmVm::new(&self.kvm, ready, &self.cpuid, config, self.options)?))
     }
 }

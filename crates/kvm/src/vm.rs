@@ -18,7 +18,7 @@ use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_APIC_BUS_CYCLES_NS,
     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
 };
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -68,18 +68,29 @@ impl VmShared {
     }
 }
 
+/// Makes a VM that has nothing yet.
+///
+/// # Errors
+/// KVM does not.
+pub fn make(kvm: &Kvm) -> Result<VmFd, EngineError> {
+    kvm.create_vm().map_err(refused(
+        "KVM does not make a VM; another hypervisor may hold the CPU's virtualisation",
+    ))
+}
+
 /// A VM on KVM.
 pub struct KvmVm {
     shared: Arc<VmShared>,
 }
 
 impl KvmVm {
-    /// Makes a VM without vCPUs.
+    /// Makes a VM without vCPUs, of the one that is `ready` if there is one.
     ///
     /// # Errors
     /// The configuration asks for more than KVM has, or the host refuses something.
     pub fn new(
         kvm: &Kvm,
+        ready: Option<VmFd>,
         cpuid: &cpuid::Supported,
         config: VmConfig,
         options: Options,
@@ -92,9 +103,7 @@ impl KvmVm {
             )));
         }
         cpuid.check(&config.cpu)?;
-        let fd = kvm.create_vm().map_err(refused(
-            "KVM does not make a VM; another hypervisor may hold the CPU's virtualisation",
-        ))?;
+        let fd = ready.map_or_else(|| make(kvm), Ok)?;
         let mapped = MappedVm::new(kvm, fd, &config)?;
         prepare_chips(kvm, &mapped, &config)?;
         exits::keep_in_guest(&mapped.fd, options.keep_in_guest)?;

@@ -2,6 +2,7 @@
 use engine::{Engine, EngineError};
 use kvm::{DEVICE_PATH, HostKvm, KvmEngine, Virtualisation};
 use soft::SoftEngine;
+use std::error::Error as _;
 use std::sync::Arc;
 
 /// Which engine runs the vCPUs.
@@ -30,15 +31,43 @@ pub struct Selection {
 /// # Errors
 /// Says what the host lacks for it.
 pub fn engine(choice: EngineChoice) -> Result<Selection, EngineError> {
-    let (choice, fallback) = match choice {
-        EngineChoice::Auto => automatic(&HostKvm::probe()),
-        other => (other, None),
-    };
-    let engine: Box<dyn Engine> = match choice {
-        EngineChoice::Kvm => Box::new(KvmEngine::with_companion(companion)?),
-        EngineChoice::Auto | EngineChoice::Soft => Box::new(SoftEngine::new()?),
-    };
-    Ok(Selection { engine, fallback })
+    match choice {
+        EngineChoice::Auto => automatically(&HostKvm::probe(), ready_kvm),
+        EngineChoice::Kvm => Ok(Selection { engine: kvm()?, fallback: None }),
+        EngineChoice::Soft => Ok(Selection { engine: soft()?, fallback: None }),
+    }
+}
+
+/// The engine that is best on a host; the software engine, too, where KVM turns out not to work.
+fn automatically(
+    host: &HostKvm,
+    kvm: impl FnOnce() -> Result<Box<dyn Engine>, EngineError>,
+) -> Result<Selection, EngineError> {
+    let (choice, fallback) = automatic(host);
+    if choice != EngineChoice::Kvm {
+        return Ok(Selection { engine: soft()?, fallback });
+    }
+    match kvm() {
+        Ok(engine) => Ok(Selection { engine, fallback: None }),
+        Err(error) => {
+            let reason = error.source().map_or_else(String::new, |source| format!(": {source}"));
+            let fallback = Some(format!("using the soft engine: {error}{reason}"));
+            Ok(Selection { engine: soft()?, fallback })
+        }
+    }
+}
+
+fn soft() -> Result<Box<dyn Engine>, EngineError> {
+    Ok(Box::new(SoftEngine::new()?))
+}
+
+fn kvm() -> Result<Box<dyn Engine>, EngineError> {
+    Ok(Box::new(KvmEngine::with_companion(companion)?))
+}
+
+/// The KVM engine, once it has shown that it makes VMs.
+fn ready_kvm() -> Result<Box<dyn Engine>, EngineError> {
+    Ok(Box::new(KvmEngine::with_companion(companion)?.with_vm_ready()?))
 }
 
 /// The engine for the instructions that KVM's emulator does not know.
@@ -95,6 +124,22 @@ mod tests {
         let line = line.unwrap_or_default();
         assert_eq!(engine, EngineChoice::Soft);
         assert!(line.contains("soft engine") && line.contains("usermod -aG kvm"), "{line}");
+        assert!(!line.contains('\n'), "{line}");
+    }
+
+    #[test]
+    fn a_kvm_that_makes_no_vm_is_told_in_one_line_and_the_software_engine_taken() {
+        let host = HostKvm { access: Access::Usable, virtualisation: Virtualisation::Vmx };
+        let busy = || {
+            Err(EngineError::Host {
+                what: "KVM does not make a VM".into(),
+                source: std::io::Error::from_raw_os_error(16),
+            })
+        };
+        let selection = automatically(&host, busy).ok();
+        let line = selection.as_ref().and_then(|s| s.fallback.clone()).unwrap_or_default();
+        assert_eq!(selection.map(|s| s.engine.name()), Some("soft"));
+        assert!(line.starts_with("using the soft engine: KVM does not make a VM: "), "{line}");
         assert!(!line.contains('\n'), "{line}");
     }
 }
