@@ -41,14 +41,14 @@ pub fn check(pair: &mut Pair, kind: Kind, seed: u64) -> Result<Tally, String> {
     let mut rng = Rng::new(seed);
     let program = Program::generate(kind, pair.is_emulated(), &mut rng);
     let explain = |what: String| format!("seed {seed}, {kind:?}: {what}\n{}", program.listing());
-    let alone = pair.run(&program, |_| Place::soft()).map_err(|e| explain(format!("soft: {e}")))?;
-    let on_kvm = pair.run(&program, |_| Place::kvm()).map_err(|e| explain(format!("kvm: {e}")))?;
+    let alone = pair.run(&program, Place::soft).map_err(|e| explain(format!("soft: {e}")))?;
+    let on_kvm = pair.run(&program, Place::kvm).map_err(|e| explain(format!("kvm: {e}")))?;
     let found = alone.differences(&on_kvm, pair.is_emulated());
     if !found.is_empty() {
         return Err(explain(format!("soft and KVM alone differ:\n    {}", found.join("\n    "))));
     }
     let mut turn = rng.chance(50);
-    let moving = pair.run(&program, |_| {
+    let moving = pair.run(&program, || {
         turn = !turn;
         if turn { Place::kvm() } else { Place::soft_for(&mut rng) }
     });

@@ -153,7 +153,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Makes both VMs, with the CPU that KVM offers.
+    /// Makes both VMs over one memory, each with the CPU that its engine offers here.
     ///
     /// # Errors
     /// Fails where an engine does.
@@ -198,13 +198,13 @@ impl Pair {
     pub fn run(
         &mut self,
         program: &Program,
-        mut place: impl FnMut(usize) -> Place,
+        mut place: impl FnMut() -> Place,
     ) -> Result<Ran, String> {
         self.load(program);
         let mut state = self.start(program);
         let mut trail: Vec<Place> = Vec::new();
         while !self.io.finished.load(Ordering::SeqCst) {
-            let next = place(trail.len());
+            let next = place();
             if trail.last().is_none_or(|last| last.index() != next.index()) {
                 let vcpu = &mut self.vcpus[next.index()];
                 vcpu.set_state(&state).map_err(|e| format!("{next:?} takes no state: {e}"))?;
