@@ -21,6 +21,20 @@ fn control_registers_that_cannot_be_are_refused_with_their_values() {
 }
 
 #[test]
+fn code_segments_marked_as_64_bit_are_taken_outside_long_mode_where_the_mark_means_nothing() {
+    let Some(engine) = engine() else { return };
+    let mut guest = Guest::new(&engine, Mode::Protected, &|a| {
+        // `mov ax, 1`, as the segment has 16-bit code; OUT EAX; OUT AL
+        a.db(&[0xb8, 1, 0, 0x66, 0xe7, 0xe0, 0xe6, 0xf4, 0xf4])
+    });
+    let mut state = guest.state();
+    state.segments[arch::SegmentName::Cs].attributes = 0xa09b;
+    guest.vcpus[0].set_state(&state).unwrap();
+    guest.run();
+    assert_eq!(guest.said(), [1]);
+}
+
+#[test]
 fn each_engine_takes_the_others_state_and_gives_it_back() {
     let Some(kvm) = engine() else { return };
     let soft = soft::SoftEngine::new().unwrap();

@@ -1,5 +1,6 @@
 //! General, segment, control and debug registers.
 use crate::error::{element, refused};
+use arch::registers::efer;
 use arch::{DescriptorTable, Element, Segment, VcpuState};
 use engine::EngineError;
 use kvm_bindings::{kvm_debugregs, kvm_dtable, kvm_regs, kvm_segment};
@@ -90,6 +91,10 @@ pub fn set_system(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), EngineError> {
     s.idt = table(state.idtr);
     (s.cr0, s.cr2, s.cr3, s.cr4) = (state.cr0, state.cr2, state.cr3, state.cr4);
     s.efer = state.efer;
+    if state.efer & efer::LMA == 0 {
+        // CS.L means nothing there (Intel SDM 3A 3.4.5), and KVM takes no state with it.
+        s.cs.l = 0;
+    }
     s.interrupt_bitmap = [0; 4];
     vcpu.set_sregs(&s).map_err(refused(format!(
         "KVM does not take the control registers CR0 {:#x}, CR4 {:#x}, EFER {:#x}; the state may use a CPU feature that this host's KVM lacks",
