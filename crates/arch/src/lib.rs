@@ -25,6 +25,6 @@ pub use cpuid::{CpuModel, CpuidEntry};
 pub use feature::{Feature, Register, Word};
 pub use feature_set::FeatureSet;
 pub use state::{
-    Avx512State, DescriptorTable, Element, Event, FpuState, InterruptShadow, LapicState, MpState,
-    Msrs, Segment, SegmentName, Segments, StateHolder, VcpuState,
+    Avx512State, DescriptorTable, Element, Event, FpuState, InDelivery, InterruptShadow,
+    LapicState, MpState, Msrs, Segment, SegmentName, Segments, StateHolder, VcpuState,
 };

@@ -1,7 +1,9 @@
 //! A state in which every leaf of the state table has a value that it does not have after reset,
 //! so that an engine that forgets an element is found out.
 use arch::registers::{cr0, cr4, efer, rflags};
-use arch::{Event, InterruptShadow, MpState, Msrs, Segment, SegmentName, VcpuState, msr};
+use arch::{
+    Event, InDelivery, InterruptShadow, MpState, Msrs, Segment, SegmentName, VcpuState, msr,
+};
 
 /// LAPIC registers that are plain state, by number: task priority, logical destination, its
 /// format, spurious vector, error status, commands, local vectors, initial count, divider; and the
@@ -72,8 +74,12 @@ pub fn whole_state(avx512: bool) -> VcpuState {
         }
         lapic.registers[first] = 1 << 31;
     }
-    state.events =
-        Event { interrupt_shadow: InterruptShadow::Sti, nmi_pending: true, nmi_blocked: true };
+    state.events = Event {
+        interrupt_shadow: InterruptShadow::Sti,
+        nmi_pending: true,
+        nmi_blocked: true,
+        in_delivery: Some(InDelivery::DebugTrap),
+    };
     state.mp = MpState::Halted;
     state
 }

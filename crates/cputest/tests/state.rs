@@ -1,13 +1,15 @@
 //! The state of a vCPU: an engine holds every element of it, or says which one it cannot.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use arch::registers::xcr0;
-use arch::{MpState, VcpuState, msr};
+use arch::registers::{rflags, vector, xcr0};
+use arch::{InDelivery, MpState, VcpuState, msr};
 use cputest::machine::make_vm;
+use cputest::micro::{Guest, Mode, at, done, say};
 use cputest::on_each_engine;
 use cputest::under_test::EngineUnderTest;
 use cputest::whole_state::{differences, whole_state};
 use engine::{Msi, Vcpu, Vm};
+use iced_x86::code_asm::*;
 use std::sync::Arc;
 
 fn vcpu(engine: EngineUnderTest) -> (Box<dyn Vcpu>, Arc<dyn Vm>) {
@@ -100,6 +102,35 @@ on_each_engine!(an_interrupt_that_was_sent_and_not_yet_taken_is_part_of_the_stat
     vm.signal_msi(Msi { address: 0xfee0_0000, data: 0x51 });
     vcpu.set_state(&VcpuState { mp: MpState::Halted, ..state.clone() }).unwrap();
     assert_eq!(vcpu.state().unwrap().lapic.registers, state.lapic.registers);
+});
+
+on_each_engine!(a_debug_trap_on_its_way_is_delivered_before_the_next_instruction, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
+    guest.handler(vector::DB, 0x9000, 0);
+    guest.code(0x9000, |a| {
+        a.mov(rax, dr6)?;
+        say(a)?;
+        done(a)
+    });
+    guest.code(at::CODE, |a| a.ud2());
+    guest.state.events.in_delivery = Some(InDelivery::DebugTrap);
+    guest.state.debug[4] |= 1 << 14;
+    let end = guest.run();
+    assert_eq!(end.done(), [0xffff_4ff0]);
+});
+
+on_each_engine!(an_interrupt_of_the_pic_that_was_acknowledged_is_delivered, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
+    guest.handler(0x30, 0x9000, 0);
+    guest.code(0x9000, |a| {
+        a.mov(eax, 0x30)?;
+        say(a)?;
+        done(a)
+    });
+    guest.code(at::CODE, |a| a.ud2());
+    guest.state.events.in_delivery = Some(InDelivery::Interrupt(0x30));
+    guest.state.rflags |= rflags::IF;
+    assert_eq!(guest.run().done(), [0x30]);
 });
 
 /// Tries a state that cannot be held; nothing may be changed by it.

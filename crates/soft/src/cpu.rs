@@ -11,7 +11,7 @@ use crate::mmu::{ExecTlb, Tlb};
 use crate::mode::{CodeSize, MmuIndex, Mode, SegmentClass};
 use crate::vm::VmShared;
 use arch::registers::{cr0, cr4, efer, rflags, xcr0};
-use arch::{DescriptorTable, FpuState, Msrs, Segment, SegmentName, msr};
+use arch::{DescriptorTable, FpuState, InDelivery, Msrs, Segment, SegmentName, msr};
 use engine::VcpuIo;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -75,6 +75,8 @@ pub struct System {
     /// Debug exceptions are inhibited too (MOV SS, not STI).
     pub shadow_debug: bool,
     pub nmi_blocked: bool,
+    /// What a state that was taken over had to deliver first.
+    pub in_delivery: Option<InDelivery>,
     /// DR6 bits of data and I/O breakpoints hit by the present instruction.
     pub debug_hits: u64,
 }
@@ -116,6 +118,7 @@ impl System {
             shadow: false,
             shadow_debug: false,
             nmi_blocked: false,
+            in_delivery: None,
             debug_hits: 0,
         }
     }

@@ -1,10 +1,11 @@
 //! Between instructions: what other threads left in the mailbox, and which event comes next.
 use crate::cpu::Cpu;
-use crate::interrupt::{deliver_interrupt, deliver_nmi};
+use crate::exception::Exception;
+use crate::interrupt::{deliver_exception, deliver_interrupt, deliver_nmi};
 use crate::lapic::timer_expired;
 use crate::vm::pending;
 use arch::registers::{cr0, gpr::RDX, rflags};
-use arch::{MpState, SegmentName, VcpuState};
+use arch::{InDelivery, MpState, SegmentName, VcpuState};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -99,6 +100,17 @@ fn nmi_deliverable(cpu: &Cpu) -> bool {
 
 fn pic_wants(cpu: &Cpu) -> bool {
     cpu.index == 0 && cpu.lapic.accepts_pic() && cpu.vm.pic_output.load(Ordering::SeqCst)
+}
+
+/// Delivers what a state that was taken over had to deliver first; says whether there was something.
+pub fn finish_delivery(cpu: &mut Cpu) -> bool {
+    match cpu.sys.in_delivery.take() {
+        None => return false,
+        // DR6 has its bits already.
+        Some(InDelivery::DebugTrap) => deliver_exception(cpu, Exception::debug(cpu.sys.debug[4])),
+        Some(InDelivery::Interrupt(vector)) => deliver_interrupt(cpu, vector),
+    }
+    true
 }
 
 /// Delivers the next NMI or interrupt if the CPU can take one now; says whether it did.

@@ -133,7 +133,8 @@ fn one(cpu: &mut Cpu) -> Result<Option<Halt>, EngineError> {
     if cpu.lapic.mp == MpState::Halted && events::can_wake(cpu) {
         cpu.lapic.mp = MpState::Running;
     }
-    if cpu.lapic.mp == MpState::Running && !events::take_event(cpu) {
+    let running = cpu.lapic.mp == MpState::Running;
+    if running && !events::finish_delivery(cpu) && !events::take_event(cpu) {
         single(cpu)?;
     }
     end(cpu)
@@ -155,7 +156,9 @@ fn cycle(cpu: &mut Cpu) -> Result<Halt, EngineError> {
             cpu.wait();
             continue;
         }
-        if !cpu.outside.holds_interrupts() && events::take_event(cpu) {
+        if events::finish_delivery(cpu)
+            || !cpu.outside.holds_interrupts() && events::take_event(cpu)
+        {
             continue;
         }
         if cpu.mode.step() || cpu.mode.shadow() {

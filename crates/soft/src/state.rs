@@ -63,6 +63,7 @@ impl StateHolder for Cpu {
                     },
                     nmi_pending: self.lapic.nmi_pending,
                     nmi_blocked: self.sys.nmi_blocked,
+                    in_delivery: self.sys.in_delivery,
                 };
             }
             Element::Activity => state.mp = self.lapic.mp,
@@ -98,6 +99,7 @@ impl StateHolder for Cpu {
                 sys.shadow = shadow != InterruptShadow::None;
                 sys.shadow_debug = shadow == InterruptShadow::MovSs;
                 sys.nmi_blocked = state.events.nmi_blocked;
+                sys.in_delivery = state.events.in_delivery;
                 self.restore_lapic(&state.lapic);
                 self.lapic.nmi_pending = state.events.nmi_pending;
             }

@@ -77,6 +77,28 @@ impl Inspect for InterruptShadow {
     }
 }
 
+/// What the CPU has taken and not yet delivered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InDelivery {
+    /// A debug trap after the last instruction (Intel SDM 3A 18.3.1); DR6 says why.
+    DebugTrap,
+    /// An interrupt of the PIC's, which has been acknowledged, with this vector.
+    Interrupt(u8),
+}
+
+impl Inspect for Option<InDelivery> {
+    fn inspect(&self, path: &str, visit: &mut dyn FnMut(&str, Value)) {
+        visit(
+            path,
+            match self {
+                None => Value::Word("nothing"),
+                Some(InDelivery::DebugTrap) => Value::Word("debug trap"),
+                Some(InDelivery::Interrupt(vector)) => Value::Number((*vector).into()),
+            },
+        );
+    }
+}
+
 /// Events between instructions that a snapshot must carry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Event {
@@ -86,8 +108,10 @@ pub struct Event {
     pub nmi_pending: bool,
     /// NMIs are blocked until the next IRET.
     pub nmi_blocked: bool,
+    /// What is delivered before the next instruction, whatever else waits.
+    pub in_delivery: Option<InDelivery>,
 }
-fields!(Event { interrupt_shadow, nmi_pending, nmi_blocked });
+fields!(Event { interrupt_shadow, nmi_pending, nmi_blocked, in_delivery });
 
 /// Whether the vCPU takes part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

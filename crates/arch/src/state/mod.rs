@@ -13,7 +13,7 @@ mod table;
 mod vector;
 
 pub use inspect::{Inspect, Value};
-pub use interrupts::{Event, InterruptShadow, LapicState, MpState};
+pub use interrupts::{Event, InDelivery, InterruptShadow, LapicState, MpState};
 pub use msrs::Msrs;
 pub use segment::{DescriptorTable, Segment, SegmentName, Segments};
 pub use vector::{Avx512State, FpuState};

@@ -1,11 +1,12 @@
 //! Events between instructions (api.rst §4.31).
 //!
 //! KVM may hold an event that it began to deliver and could not finish. The neutral state is one
-//! at an instruction boundary, so such an event is undone: an interrupt goes back to the LAPIC, an
-//! NMI waits again, and a fault happens again when its instruction does.
+//! at an instruction boundary, so such an event is undone where it can be: an interrupt goes back to
+//! the LAPIC, an NMI waits again, and a fault or a software interrupt happens again when its
+//! instruction does. Debug traps and interrupts of the PIC's are part of the state.
 use crate::error::element;
 use arch::registers::vector;
-use arch::{Element, InterruptShadow, LapicState, VcpuState};
+use arch::{Element, InDelivery, InterruptShadow, LapicState, VcpuState};
 use engine::EngineError;
 use kvm_bindings::{KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, kvm_vcpu_events};
 use kvm_ioctls::VcpuFd;
@@ -44,21 +45,25 @@ pub fn get(vcpu: &VcpuFd, state: &mut VcpuState) -> Result<(), EngineError> {
             "the vCPU is in system management mode, which a saved state has no place for".into(),
         ));
     }
+    state.events.in_delivery = None;
     if events.exception.injected != 0 || events.exception.pending != 0 {
-        let number = events.exception.nr;
-        if matches!(number, vector::DB | vector::BP | vector::OF) {
-            return Err(EngineError::Unsupported(format!(
-                "a trap (vector {number}) is being delivered, which a saved state has no place for"
-            )));
+        match events.exception.nr {
+            vector::DB => state.events.in_delivery = Some(InDelivery::DebugTrap),
+            number @ (vector::BP | vector::OF) => {
+                return Err(EngineError::Unsupported(format!(
+                    "a trap (vector {number}) is being delivered, which a saved state has no \
+                     place for"
+                )));
+            }
+            // A fault happens again with its instruction.
+            _ => {}
         }
     }
-    if events.interrupt.injected != 0 {
+    if events.interrupt.injected != 0 && events.interrupt.soft == 0 {
         let number = events.interrupt.nr;
-        if events.interrupt.soft != 0 || !withdraw(&mut state.lapic, number) {
-            return Err(EngineError::Unsupported(format!(
-                "an interrupt that the LAPIC does not know of (vector {number:#x}) is being \
-                 delivered, which a saved state has no place for"
-            )));
+        if !withdraw(&mut state.lapic, number) {
+            // Of the PIC, which has forgotten it.
+            state.events.in_delivery = Some(InDelivery::Interrupt(number));
         }
     }
     Ok(())
@@ -108,6 +113,15 @@ pub fn set(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), EngineError> {
     events.interrupt.shadow = shadow(state);
     events.nmi.pending = u8::from(state.events.nmi_pending);
     events.nmi.masked = u8::from(state.events.nmi_blocked);
+    match state.events.in_delivery {
+        None => {}
+        Some(InDelivery::DebugTrap) => {
+            (events.exception.injected, events.exception.nr) = (1, vector::DB);
+        }
+        Some(InDelivery::Interrupt(number)) => {
+            (events.interrupt.injected, events.interrupt.nr) = (1, number);
+        }
+    }
     vcpu.set_vcpu_events(&events).map_err(element("set", Element::Interrupts.name()))
 }
 
