@@ -1,16 +1,15 @@
 //! Translated blocks of one vCPU: finding them, linking them to each other, and throwing them
 //! away when the guest changes the code they were made from.
 use crate::codemem::CodeMemory;
-use crate::cpu::{CELLS, Cpu, JUMP_CACHE_ENTRIES, jump_slot};
-use crate::emit::{EdgeKind, Emitted, FlagsIn, Position};
-use crate::mode::{MmuIndex, Mode};
+use crate::cpu::CELLS;
+use crate::emit::{EdgeKind, Emitted, Position};
+use crate::mode::Mode;
+use crate::rewritten::{Check, Rewritten};
 use crate::translate::flags::Flags;
-use crate::vm::{Written, pending};
 use engine::EngineError;
 use iced_x86::Instruction;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::atomic::Ordering;
 
 /// Index of a block in [`CodeCache::blocks`].
 pub type BlockId = u32;
@@ -49,16 +48,25 @@ pub struct Block {
     live_in: Flags,
     /// Bytes of host code from `entry` on.
     code_len: u32,
-    positions: Box<[Position]>,
+    pub positions: Box<[Position]>,
     /// Instructions that helpers execute; translated code holds pointers to them.
     _instructions: Box<[Instruction]>,
     sources: Vec<Source>,
     /// Digest of the guest bytes in `sources`.
     digest: u64,
+    /// What the block compares itself, if it is a version of rewritten code.
+    checks: Option<Box<[Check]>>,
     incoming: Vec<u32>,
     /// How often a group of accesses could not be served.
     splits: u32,
     alive: bool,
+}
+
+impl Block {
+    /// What the block compares on entry, if it was made from rewritten code.
+    pub fn checks(&self) -> Option<&[Check]> {
+        self.checks.as_deref()
+    }
 }
 
 /// A block whose groups fail so often is translated anew without them.
@@ -79,7 +87,7 @@ struct PageCode {
     blocks: Vec<BlockId>,
     /// One bit for each 64 bytes that hold code or were looked at.
     lines: u64,
-    /// Writes that hit code since the page was first translated.
+    /// Writes that hit code since something was last translated here.
     hits: u32,
 }
 
@@ -96,8 +104,8 @@ struct Misses {
 /// a former user left; doubled each time that this proves wrong.
 const DATA_BY_NOW: u32 = 64;
 
-/// After so many hits the whole page is taken to be rewritten: all its translations go, and
-/// writes to it are fast again.
+/// After so many hits at one go the whole page is taken to be filled with other code: all its
+/// translations go, and writes to it are fast again.
 const REWRITTEN: u32 = 4;
 
 /// What the translator hands over.
@@ -114,6 +122,8 @@ pub struct NewBlock {
     pub sources: Vec<Source>,
     /// Digest of those bytes.
     pub digest: u64,
+    /// What the block compares itself; empty for others.
+    pub checks: Vec<Check>,
 }
 
 /// The code cache of one vCPU.
@@ -125,6 +135,8 @@ pub struct CodeCache {
     map: HashMap<Key, BlockId, BuildHasherDefault<Mix>>,
     pages: HashMap<u64, PageCode, BuildHasherDefault<Mix>>,
     misses: HashMap<u64, Misses, BuildHasherDefault<Mix>>,
+    /// Pages that are no longer watched.
+    pub rewritten: Rewritten,
     /// Far edges whose cells are filled, and whether the target's page is global.
     far: Vec<(u32, bool)>,
     /// Translated code was invalidated since this was last cleared.
@@ -132,7 +144,7 @@ pub struct CodeCache {
     /// Blocks whose groups cross pages again and again: they do without.
     ungrouped: HashSet<Key, BuildHasherDefault<Mix>>,
     /// A block to be thrown away before the next one is entered.
-    worn_out: Option<BlockId>,
+    pub worn_out: Option<BlockId>,
     /// How often everything was thrown away: numbers of blocks and edges are void after it.
     pub flushes: u64,
     /// Pages that other vCPUs may still write to unnoticed, with the number of answers due.
@@ -153,6 +165,7 @@ impl CodeCache {
             map: HashMap::default(),
             pages: HashMap::default(),
             misses: HashMap::default(),
+            rewritten: Rewritten::default(),
             far: Vec::new(),
             touched: false,
             ungrouped: HashSet::default(),
@@ -185,7 +198,7 @@ impl CodeCache {
     /// Takes a block over, or returns `None` when the cache is full and must be cleared first.
     /// `cells` is the vCPU's array of link cells.
     pub fn add(&mut self, new: NewBlock, cells: &mut [u64; CELLS]) -> Option<BlockId> {
-        let NewBlock { key, second_page, emitted, instructions, sources, digest } = new;
+        let NewBlock { key, second_page, emitted, instructions, sources, digest, checks } = new;
         if self.cells as usize + emitted.cells as usize >= CELLS {
             return None;
         }
@@ -210,9 +223,15 @@ impl CodeCache {
         for source in &sources {
             let page = self.pages.entry(source.start & !0xfff).or_default();
             page.lines |= line_mask(source.start, usize::from(source.len));
+            page.hits = 0;
             if page.blocks.last() != Some(&id) {
                 page.blocks.push(id);
             }
+        }
+        let checks = (!checks.is_empty()).then(|| checks.into_boxed_slice());
+        match &checks {
+            Some(checks) => self.rewritten.add(key, id, checks),
+            None => self.rewritten.note_translation(key.physical & !0xfff),
         }
         self.blocks.push(Block {
             key,
@@ -225,6 +244,7 @@ impl CodeCache {
             _instructions: instructions,
             sources,
             digest,
+            checks,
             incoming: Vec::new(),
             splits: 0,
             alive: true,
@@ -259,9 +279,13 @@ impl CodeCache {
         let Some(to) = self.blocks.get_mut(target as usize) else { return };
         match kind {
             EdgeKind::Always => return,
+            // Versions are tried in one order, so that the search ends.
+            EdgeKind::Stale(_) if target <= block => return,
             // An instruction that crosses a page must be looked up through both translations.
-            EdgeKind::Near(_) if to.second_page.is_some() => return,
-            EdgeKind::Near(at) => self.memory.patch(origin + u64::from(at), to.entry),
+            EdgeKind::Near(_) | EdgeKind::Stale(_) if to.second_page.is_some() => return,
+            EdgeKind::Near(at) | EdgeKind::Stale(at) => {
+                self.memory.patch(origin + u64::from(at), to.entry);
+            }
             EdgeKind::Far(cell) => {
                 if let Some(slot) = cells.get_mut(cell as usize) {
                     *slot = to.entry;
@@ -276,7 +300,7 @@ impl CodeCache {
         let Some(&Edge { block, kind, stub, .. }) = self.edges.get(edge as usize) else { return };
         match kind {
             EdgeKind::Always => {}
-            EdgeKind::Near(at) => {
+            EdgeKind::Near(at) | EdgeKind::Stale(at) => {
                 let origin = self.blocks.get(block as usize).map_or(0, |b| b.entry);
                 self.memory.patch(origin + u64::from(at), stub);
             }
@@ -303,12 +327,16 @@ impl CodeCache {
     }
 
     /// Throws a block away; returns its guest address.
-    fn kill(&mut self, id: BlockId, cells: &mut [u64; CELLS]) -> Option<u64> {
+    pub fn kill(&mut self, id: BlockId, cells: &mut [u64; CELLS]) -> Option<u64> {
         let block = self.blocks.get_mut(id as usize).filter(|b| b.alive)?;
         block.alive = false;
         let (key, incoming) = (block.key, std::mem::take(&mut block.incoming));
+        let checked = block.checks.is_some();
         if self.map.get(&key) == Some(&id) {
             self.map.remove(&key);
+        }
+        if checked {
+            self.forget_version(&key, id);
         }
         for edge in incoming {
             self.unlink(edge, cells);
@@ -317,10 +345,18 @@ impl CodeCache {
         Some(key.pc)
     }
 
+    /// Takes a version out of its block's list; another one takes its place in the map.
+    fn forget_version(&mut self, key: &Key, id: BlockId) {
+        self.rewritten.remove(key, id);
+        if let Some(&other) = self.rewritten.versions(key).last() {
+            self.map.insert(*key, other);
+        }
+    }
+
     /// The blocks to throw away because `len` bytes at guest-physical `start`, within one page,
     /// were written: those that depend on them, or all of a page that is no longer one of code.
     /// `None` where the write changes nothing.
-    fn affected(&mut self, start: u64, len: usize) -> Option<Vec<BlockId>> {
+    pub fn affected(&mut self, start: u64, len: usize) -> Option<Vec<BlockId>> {
         let number = start & !0xfff;
         let page = self.pages.get_mut(&number)?;
         let end = start + len as u64;
@@ -341,7 +377,8 @@ impl CodeCache {
             data
         } else {
             page.hits += 1;
-            page.hits >= REWRITTEN
+            let patched = page.hits == 1 && self.rewritten.note_patch(number);
+            patched || page.hits >= REWRITTEN
         };
         if rewritten {
             affected = page.blocks.iter().filter(alive).copied().collect();
@@ -350,7 +387,7 @@ impl CodeCache {
     }
 
     /// Blocks on a page whose guest bytes are no longer what they were.
-    fn changed(&self, page: u64, digest: impl Fn(&[Source]) -> u64) -> Vec<BlockId> {
+    pub fn changed(&self, page: u64, digest: impl Fn(&[Source]) -> u64) -> Vec<BlockId> {
         let Some(code) = self.pages.get(&page) else { return Vec::new() };
         let stale = |id: &&BlockId| {
             let block = self.blocks.get(**id as usize);
@@ -360,7 +397,7 @@ impl CodeCache {
     }
 
     /// Drops dead blocks from a page's list; says whether none is left.
-    fn sweep(&mut self, page: u64) -> bool {
+    pub fn sweep(&mut self, page: u64) -> bool {
         let blocks = &self.blocks;
         let Some(code) = self.pages.get_mut(&page) else { return true };
         code.blocks.retain(|id| blocks.get(*id as usize).is_some_and(|b| b.alive));
@@ -378,7 +415,7 @@ impl CodeCache {
     }
 
     /// The block that holds host address `host`, and the offset in it.
-    fn containing(&self, host: u64) -> Option<(&Block, u32)> {
+    pub fn containing(&self, host: u64) -> Option<(&Block, u32)> {
         let after = self.blocks.partition_point(|b| b.entry <= host);
         let block = self.blocks.get(after.checked_sub(1)?)?;
         let offset = host - block.entry;
@@ -406,7 +443,8 @@ impl CodeCache {
         self.pages.keys().copied()
     }
 
-    fn clear(&mut self) {
+    /// Throws everything away.
+    pub fn clear(&mut self) {
         self.memory.clear();
         self.blocks.clear();
         self.edges.clear();
@@ -414,6 +452,7 @@ impl CodeCache {
         self.map.clear();
         self.pages.clear();
         self.misses.clear();
+        self.rewritten = Rewritten::default();
         self.far.clear();
         self.unsure.clear();
         self.ungrouped.clear();
@@ -429,128 +468,6 @@ fn line_mask(start: u64, len: usize) -> u64 {
     let last = ((start & 0xfff) + len.max(1) as u64 - 1).min(4095) >> 6;
     (u64::MAX >> (63 - (last - first))) << first
 }
-
-impl Cpu {
-    /// Finds the guest instruction to which a host address in translated code belongs: sets `rip`
-    /// and `next_rip`, and says where its flags are. `host` is a return address or that of a
-    /// faulting instruction plus one.
-    pub fn locate(&mut self, host: u64) -> Option<Position> {
-        let (block, offset) = self.cache.containing(host.wrapping_sub(1))?;
-        let end = block.positions.partition_point(|p| p.host <= offset);
-        let position = *block.positions.get(end.checked_sub(1)?)?;
-        let pc = block.key.pc;
-        let mask = self.ip_mask();
-        self.rip = pc.wrapping_add(u64::from(position.guest)) & mask;
-        self.next_rip = self.rip.wrapping_add(u64::from(position.length)) & mask;
-        Some(position)
-    }
-
-    /// As `locate`, where the interrupted flags are in `host_flags` unless the position says that
-    /// they are in `raw_flags` already.
-    pub fn take_host_flags_at(&mut self, host: u64) -> Option<Position> {
-        let position = self.locate(host)?;
-        if position.flags == FlagsIn::Host {
-            self.raw_flags = self.host_flags;
-        }
-        Some(position)
-    }
-
-    /// Empties the jump caches and far links.
-    pub fn flush_jump_caches(&mut self) {
-        self.cache.unlink_far(true, &mut self.cells);
-        for mmu in 0..MmuIndex::COUNT {
-            self.empty_jumps(mmu);
-        }
-    }
-
-    /// The same for what leads to pages that are not global.
-    pub fn flush_jumps_non_global(&mut self) {
-        self.cache.unlink_far(false, &mut self.cells);
-        for mmu in 0..MmuIndex::COUNT {
-            if self.jumps_volatile[mmu] {
-                self.empty_jumps(mmu);
-            }
-        }
-    }
-
-    /// Empties the jump cache of one MMU index.
-    pub fn empty_jumps(&mut self, mmu: usize) {
-        if let Some(cache) = self.jumps.get_mut(mmu) {
-            cache.pcs = EMPTY_JUMPS;
-            self.jumps_volatile[mmu] = false;
-        }
-    }
-
-    /// Throws all translations away.
-    pub fn flush_code(&mut self) {
-        let vm = self.vm.clone();
-        vm.ram.forget_code(self.index, self.cache.code_pages());
-        self.flush_jump_caches();
-        self.cache.clear();
-    }
-
-    /// Bytes of RAM that may hold translated code were written: drops the translations, of all
-    /// vCPUs. Says whether this vCPU had any.
-    pub fn code_written(&mut self, physical: u64, len: usize) -> bool {
-        let vm = self.vm.clone();
-        let Some(page) = vm.ram.page(physical) else { return false };
-        let holders = page.code.load(Ordering::SeqCst);
-        for (n, mailbox) in vm.mailboxes.iter().enumerate() {
-            if n as u32 != self.index && holders >> n & 1 != 0 {
-                mailbox.lock_written().push(Written::Range(physical, len));
-                mailbox.post(pending::CODE);
-            }
-        }
-        self.drop_code(physical, len)
-    }
-
-    /// Drops this vCPU's translations of written bytes.
-    pub fn drop_code(&mut self, physical: u64, len: usize) -> bool {
-        match self.cache.affected(physical, len) {
-            Some(affected) => self.kill_all(physical & !0xfff, &affected),
-            None => false,
-        }
-    }
-
-    /// Compares a page's translations with its bytes as they are now, and drops those that differ.
-    pub fn verify_code(&mut self, page: u64) {
-        let vm = self.vm.clone();
-        let changed = self.cache.changed(page, |s| crate::translate::digest(&vm.ram, s));
-        self.kill_all(page, &changed);
-    }
-
-    /// Throws a block away that is to be translated differently.
-    pub fn drop_worn_out(&mut self) {
-        if let Some(id) = self.cache.worn_out.take() {
-            let page = self.cache.block(id).map_or(0, |b| b.key.physical & !0xfff);
-            self.kill_all(page, &[id]);
-        }
-    }
-
-    fn kill_all(&mut self, page: u64, blocks: &[BlockId]) -> bool {
-        for &id in blocks {
-            if let Some(pc) = self.cache.kill(id, &mut self.cells) {
-                let slot = jump_slot(pc);
-                for cache in &mut self.jumps {
-                    if cache.pcs[slot] == pc {
-                        cache.pcs[slot] = EMPTY_JUMPS[slot];
-                    }
-                }
-            }
-        }
-        if self.cache.sweep(page) {
-            self.vm.clone().ram.forget_code(self.index, std::iter::once(page));
-        }
-        !blocks.is_empty()
-    }
-}
-
-/// Guest addresses that belong to other slots than their own.
-const EMPTY_JUMPS: [u64; JUMP_CACHE_ENTRIES] = {
-    let mut pcs = [0; JUMP_CACHE_ENTRIES];
-    pcs[0] = 1;
-    pcs
-};
 
 /// A multiplicative hasher for small fixed keys, whose values no adversary gains from choosing:
 /// a guest can at worst slow its own translator down.

@@ -77,6 +77,7 @@ pub mod op {
     pub const MOV_LOAD: &[u8] = &[0x8b];
     pub const MOV_STORE: &[u8] = &[0x89];
     pub const LEA: &[u8] = &[0x8d];
+    pub const MOVSX8: &[u8] = &[0x0f, 0xbe];
     pub const MOVZX16: &[u8] = &[0x0f, 0xb7];
     pub const MOVSX16: &[u8] = &[0x0f, 0xbf];
     pub const MOVSXD: &[u8] = &[0x63];

@@ -27,7 +27,7 @@ impl Emitter<'_> {
         }
     }
 
-    fn new_edge(&mut self, successor: Successor) -> usize {
+    pub(super) fn new_edge(&mut self, successor: Successor) -> usize {
         let kind = if !self.context.linkable {
             EdgeKind::Always
         } else if successor.near {
@@ -178,14 +178,19 @@ impl Emitter<'_> {
 
     /// Near indirect CALL.
     pub fn call_indirect(&mut self, insn: &Instruction) {
-        let size = insn.stack_pointer_increment().unsigned_abs();
         self.free_flags(ALL);
         self.indirect_target(insn);
+        self.push_return_address(insn);
+        self.go_indirect();
+    }
+
+    /// The push of a CALL to the address in RDI.
+    pub(super) fn push_return_address(&mut self, insn: &Instruction) {
+        let size = insn.stack_pointer_increment().unsigned_abs();
         self.asm.store(Width::W64, layout::spill(1), ADDRESS);
         self.push_value(Source::Constant(insn.next_ip()), size);
         self.holds = None;
         self.asm.load(Width::W64, ADDRESS, layout::spill(1));
-        self.go_indirect();
     }
 
     /// The operand of an indirect transfer to RDI, zero-extended.
@@ -206,7 +211,7 @@ impl Emitter<'_> {
     }
 
     /// Jumps to the guest address in RDI through the jump cache (`cpu::jump_slot`).
-    fn go_indirect(&mut self) {
+    pub(super) fn go_indirect(&mut self) {
         if !self.context.linkable {
             self.asm.call_mem(layout::thunk(index::LEAVE_INDIRECT));
             return;

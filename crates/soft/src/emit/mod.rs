@@ -1,9 +1,11 @@
 //! From decoded guest instructions to host code.
 //!
 //! [`Emitter`] holds the block under construction. `memory` makes addresses and probes, `native`
-//! re-encodes instructions, `stack` and `control` do PUSH to RET and everything that ends a block.
+//! re-encodes instructions, `stack` and `control` do PUSH to RET and everything that ends a block,
+//! `checked` does what blocks of rewritten code need.
 //! Slow paths are collected as [`Cold`] stubs and placed after the block's straight code.
 pub mod asm;
+pub mod checked;
 pub mod control;
 pub mod layout;
 pub mod memory;
@@ -12,6 +14,7 @@ pub mod stack;
 
 use crate::helpers::AccessInfo;
 use crate::mode::Mode;
+use crate::rewritten::Check;
 use crate::thunks::index;
 use crate::translate::classify::Operands;
 use crate::translate::flags::{self, Effect, Flags};
@@ -49,6 +52,8 @@ pub struct Position {
 pub enum EdgeKind {
     /// A jump whose displacement, at this offset, is patched.
     Near(u32),
+    /// The same, taken when the block's code has changed: leads to later versions only.
+    Stale(u32),
     /// A jump through this link cell, which is emptied when translations of addresses change.
     Far(u32),
     /// Never linked.
@@ -74,6 +79,7 @@ enum Cold {
     Group { miss: Fixup, table: i32, info: AccessInfo, back: usize, position: usize },
     Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn, position: usize },
     Indirect { miss: Fixup, position: usize },
+    Stale { stale: Vec<Fixup>, position: usize },
 }
 
 /// What the emitter needs to know of its surroundings.
@@ -121,6 +127,8 @@ pub struct Emitter<'a> {
     stack_member: Option<Member>,
     /// The group whose host address RDI holds.
     holds: Option<usize>,
+    /// Where a block that checks its code is entered with flags in `raw_flags`.
+    checked_entry: Option<u32>,
 }
 
 /// Finished code of a block.
@@ -140,13 +148,14 @@ pub struct Emitted {
 }
 
 impl<'a> Emitter<'a> {
-    /// Starts a block into which `live_in` flags flow.
+    /// Starts a block into which `live_in` flags flow, and which makes `checks` first.
     pub fn new(
         context: Context,
         operands: &'a mut Operands,
         groups: Vec<Group>,
         live_in: Flags,
         poll: bool,
+        checks: &[Check],
     ) -> Self {
         let live_in = if context.precise { flags::ALL } else { live_in };
         let mut emitter = Self {
@@ -168,11 +177,19 @@ impl<'a> Emitter<'a> {
             operand_member: None,
             stack_member: None,
             holds: None,
+            checked_entry: None,
         };
         emitter.mark();
+        if !checks.is_empty() {
+            emitter.free_flags(flags::ALL);
+            emitter.checked_entry = Some(emitter.asm.here() as u32);
+        }
         if poll {
             emitter.asm.load(Width::W64, ADDRESS, layout::POLL);
             emitter.asm.load(Width::W32, ADDRESS, Mem::at(ADDRESS, 0));
+        }
+        if !checks.is_empty() {
+            emitter.check(checks);
         }
         if context.vectors {
             emitter.require_vectors();
@@ -307,8 +324,8 @@ impl<'a> Emitter<'a> {
         for cold in std::mem::take(&mut self.cold) {
             self.place(cold);
         }
-        let mut saved_entry = 0;
-        if live_in != 0 || self.context.precise {
+        let mut saved_entry = self.checked_entry.unwrap_or(0);
+        if self.checked_entry.is_none() && (live_in != 0 || self.context.precise) {
             saved_entry = self.asm.here() as u32;
             self.asm.restore_flags(RAW_FLAGS);
             self.asm.jmp_to(0);
@@ -319,7 +336,8 @@ impl<'a> Emitter<'a> {
             edges: self.edges,
             saved_entry,
             cells: self.cells,
-            live_in,
+            // A block whose code has changed may need any flag.
+            live_in: if self.checked_entry.is_some() { flags::ALL } else { live_in },
         }
     }
 
@@ -335,6 +353,7 @@ impl<'a> Emitter<'a> {
                 self.resume_position(position);
                 self.place_edge(fixup, edge, flags);
             }
+            Cold::Stale { stale, position } => self.place_stale(stale, position),
             Cold::Indirect { miss, position } => {
                 self.resume_position(position);
                 self.asm.bind(miss);

@@ -1,14 +1,17 @@
 //! Reading and decoding guest code, and looking ahead for live flags.
 #![allow(unsafe_code)]
+use super::classify::Operands;
 use super::classify::{Class, classify};
 use super::flags::{self, ALL, Flags};
 use super::{Step, helped, successor};
 use crate::cache::{Key, Source};
 use crate::cpu::Cpu;
+use crate::emit::checked::can_vary;
 use crate::emit::control::Successor;
 use crate::exception::Exception;
 use crate::mode::Mode;
 use crate::ram::Ram;
+use crate::rewritten::Field;
 use arch::SegmentName;
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
@@ -32,12 +35,25 @@ pub struct Run {
     pub next: Successor,
     /// Target of the direct jump or call at the end.
     pub target: Option<Successor>,
+    /// The guest bytes, where the block must check them itself; else empty.
+    pub bytes: Vec<u8>,
+    /// Constants among them that could be loaded at run time.
+    pub fields: Vec<Field>,
     /// Bytes that liveness depends on.
     pub looked_at: Vec<Source>,
     pc: u64,
 }
 
 impl Run {
+    /// The block's own bytes, by pages.
+    pub fn pieces(&self, key: Key) -> impl Iterator<Item = Source> + use<> {
+        let own = self.len.min(4096 - (key.physical & 0xfff) as usize);
+        let rest = self.len - own;
+        let first = Source { start: key.physical, len: own as u16 };
+        let second = self.second_page.map(|page| Source { start: page & !0xfff, len: rest as u16 });
+        [Some(first), second].into_iter().flatten()
+    }
+
     /// Whether the end of the run could lead back to itself without passing another poll: direct
     /// jumps backwards, and all indirect ones.
     pub fn may_loop(&self, last: &Step) -> bool {
@@ -82,7 +98,7 @@ impl Cpu {
         let one = key.mode.step() || key.mode.shadow();
         let limit = if one { 1 } else { MAX_STEPS };
         let mut second_page = None;
-        let (steps, len) = match self.decode(key, &bytes[..available], limit) {
+        let (mut steps, mut len) = match self.decode(key, &bytes[..available], limit) {
             Ok(run) => run,
             Err(_) => {
                 // The first instruction goes on in the next page.
@@ -96,7 +112,19 @@ impl Cpu {
             }
         };
         self.check_limit(&steps)?;
-        Ok(self.finish_run(key, steps, len, second_page))
+        let pages = [Some(key.physical), second_page];
+        let checked = pages.iter().flatten().any(|&p| self.cache.rewritten.checks(p));
+        let mut fields = Vec::new();
+        if checked {
+            len = stop_after_write(&mut steps, key.pc, len);
+            fields = find_fields(&steps, key, &bytes[..len]);
+        }
+        let mut run = self.finish_run(key, steps, len, second_page, checked);
+        run.fields = fields;
+        if checked {
+            run.bytes = bytes[..len].to_vec();
+        }
+        Ok(run)
     }
 
     /// An instruction that reaches past the code segment's limit faults (Intel SDM 3A 5.3).
@@ -126,6 +154,7 @@ impl Cpu {
                     invalid.set_len(1);
                     invalid.set_next_ip(key.pc + 1);
                     steps.push(step(invalid, Class::Invalid));
+                    len = MAX_LENGTH.min(bytes.len());
                 }
                 break;
             }
@@ -149,6 +178,7 @@ impl Cpu {
         mut steps: Vec<Step>,
         len: usize,
         second_page: Option<u64>,
+        checked: bool,
     ) -> Run {
         let vm = self.vm.clone();
         let mask = self.ip_mask();
@@ -170,6 +200,10 @@ impl Cpu {
         for pc in target_pc.into_iter().chain([next_pc]).filter(|&pc| !near(pc)) {
             pages.extend(self.visible_page(pc));
         }
+        if checked {
+            // Nobody watches what a checked block would look at.
+            pages.clear();
+        }
         let mut ahead = Ahead { ram: &vm.ram, mode: key.mode, pages, seen: Vec::new(), budget: 24 };
         let mut live = |pc: u64| ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES);
         let target = target_pc.map(|pc| successor(pc, live(pc), near(pc)));
@@ -183,7 +217,17 @@ impl Cpu {
             flow = flags::live_before(step.effect, flow);
             step.live_before = flow;
         }
-        Run { steps, len, second_page, next, target, looked_at: ahead.seen, pc: key.pc }
+        Run {
+            steps,
+            len,
+            second_page,
+            next,
+            target,
+            bytes: Vec::new(),
+            fields: Vec::new(),
+            looked_at: ahead.seen,
+            pc: key.pc,
+        }
     }
 }
 
@@ -193,7 +237,7 @@ impl Cpu {
     fn visible_page(&mut self, pc: u64) -> Option<(u64, u64)> {
         let linear = self.code_address(pc).ok()?;
         let physical = self.translate_fetch(linear).ok()?;
-        if (pc ^ physical) & 0xfff != 0 {
+        if (pc ^ physical) & 0xfff != 0 || self.cache.rewritten.checks(physical) {
             return None;
         }
         self.claim_page(physical);
@@ -210,6 +254,42 @@ impl Cpu {
         let run = self.fetch_run(Key { pc: rip, physical, mode }, linear).ok()?;
         run.steps.first().map(|step| step.insn)
     }
+}
+
+/// Ends a checked block after the first instruction that may write memory; returns its length.
+fn stop_after_write(steps: &mut Vec<Step>, pc: u64, len: usize) -> usize {
+    let mut operands = Operands::default();
+    let writes = |step: &Step| match step.class {
+        Class::Native | Class::NativeVector | Class::BitString => {
+            operands.memory(&step.insn).is_some_and(|o| o.writes)
+        }
+        Class::Push | Class::PushMemory | Class::MovOffset | Class::Helper => true,
+        _ => false,
+    };
+    let Some(last) = steps.iter().position(writes) else { return len };
+    steps.truncate(last + 1);
+    match steps.last() {
+        Some(step) => step.insn.next_ip().wrapping_sub(pc) as usize & 0xffff,
+        None => len,
+    }
+}
+
+/// The constants of a block that could be loaded at run time.
+fn find_fields(steps: &[Step], key: Key, bytes: &[u8]) -> Vec<Field> {
+    let bits = key.mode.code().bits();
+    let mut decoder = Decoder::with_ip(bits, bytes, key.pc, DecoderOptions::NONE);
+    let mut fields = Vec::new();
+    for (n, step) in steps.iter().enumerate() {
+        let insn = decoder.decode();
+        let constants = decoder.get_constant_offsets(&insn);
+        let native = !helped(step.class, &step.insn, key.mode);
+        if native && constants.has_immediate() && can_vary(&insn, step.class, key.mode) {
+            let start = insn.ip().wrapping_sub(key.pc) as usize + constants.immediate_offset();
+            let len = constants.immediate_size() as u8;
+            fields.push(Field { step: n as u16, offset: start as u16, len });
+        }
+    }
+    fields
 }
 
 fn step(insn: Instruction, class: Class) -> Step {

@@ -10,11 +10,13 @@ pub mod groups;
 
 use crate::cache::{BlockId, Key, NewBlock, Source};
 use crate::cpu::Cpu;
+use crate::emit::checked::Variable;
 use crate::emit::control::Successor;
 use crate::emit::{Context, Emitter, stack};
 use crate::exception::Exception;
 use crate::mode::Mode;
 use crate::ram::Ram;
+use crate::rewritten::Check;
 use crate::vm::pending;
 use arch::SegmentName;
 use classify::{Class, Operands};
@@ -85,7 +87,7 @@ impl Cpu {
         let linear = self.code_address(rip)?;
         let physical = self.translate_fetch(linear)?;
         let key = Key { pc: rip, physical, mode: self.mode };
-        if let Some(id) = self.cache.find(&key) {
+        if let Some(id) = self.current(&key) {
             match self.cache.block(id).and_then(|b| b.second_page) {
                 None => return Ok(id),
                 Some(page) => {
@@ -99,7 +101,17 @@ impl Cpu {
         self.translate_block(key, linear)
     }
 
+    /// The block under `key`, in the version for the code as it is now.
+    fn current(&self, key: &Key) -> Option<BlockId> {
+        let id = self.cache.find(key)?;
+        match self.cache.block(id)?.checks() {
+            None => Some(id),
+            Some(_) => self.fitting_version(key),
+        }
+    }
+
     fn translate_block(&mut self, key: Key, linear: u64) -> Result<BlockId, Exception> {
+        self.prepare_checked(&key);
         self.claim_page(key.physical);
         let mut run = self.fetch_run(key, linear)?;
         if let Some(second) = run.second_page {
@@ -109,8 +121,12 @@ impl Cpu {
         }
         let sources = self.sources(key, &run);
         let digest = digest(&self.vm.ram, &sources);
+        let mut checks = self.checks(key, &run);
+        if !checks.is_empty() {
+            self.generalise(&key, &mut checks, &run.fields);
+        }
         loop {
-            let (emitted, instructions) = self.emit(key, &run);
+            let (emitted, instructions) = self.emit(key, &run, &checks);
             let new = NewBlock {
                 key,
                 second_page: run.second_page.map(|p| p & !0xfff),
@@ -118,6 +134,7 @@ impl Cpu {
                 instructions,
                 sources: sources.clone(),
                 digest,
+                checks: checks.clone(),
             };
             if let Some(id) = self.cache.add(new, &mut self.cells) {
                 return Ok(id);
@@ -132,8 +149,11 @@ impl Cpu {
 
     /// Tells everybody that this vCPU translates code on the page, so that writes to it are
     /// noticed: our own TLB forgets write access now, other vCPUs are asked to, and until they
-    /// answer the page is `unsure`.
+    /// answer the page is `unsure`. Pages whose blocks check their code need none of that.
     fn claim_page(&mut self, physical: u64) {
+        if self.cache.rewritten.checks(physical) {
+            return;
+        }
         let vm = self.vm.clone();
         let Some(page) = vm.ram.page(physical) else { return };
         let before = page.code.fetch_or(1 << self.index, Ordering::SeqCst);
@@ -154,18 +174,38 @@ impl Cpu {
         }
     }
 
-    /// Bytes on which the block depends: its own, and those that flag liveness looked at.
+    /// Bytes on whose watch the block depends: its own, and those that flag liveness looked at.
     fn sources(&self, key: Key, run: &Run) -> Vec<Source> {
-        let own = run.len.min(4096 - (key.physical & 0xfff) as usize);
-        let mut sources = vec![Source { start: key.physical, len: own as u16 }];
-        if let Some(second) = run.second_page {
-            sources.push(Source { start: second & !0xfff, len: (run.len - own) as u16 });
-        }
+        let watched = |s: &Source| !self.cache.rewritten.checks(s.start);
+        let mut sources: Vec<Source> = run.pieces(key).filter(watched).collect();
         sources.extend_from_slice(&run.looked_at);
         sources
     }
 
-    fn emit(&mut self, key: Key, run: &Run) -> (crate::emit::Emitted, Box<[Instruction]>) {
+    /// What the block must check itself.
+    fn checks(&self, key: Key, run: &Run) -> Vec<Check> {
+        let mut checks = Vec::new();
+        let mut at = 0;
+        for Source { start, len } in run.pieces(key) {
+            let end = at + usize::from(len);
+            if self.cache.rewritten.checks(start)
+                && let Some(bytes) = run.bytes.get(at..end)
+                && let Some(host) = self.vm.ram.bytes(start, bytes.len())
+            {
+                let (bytes, variable) = (bytes.into(), Vec::new());
+                checks.push(Check { start, host: host as u64, bytes, variable });
+            }
+            at = end;
+        }
+        checks
+    }
+
+    fn emit(
+        &mut self,
+        key: Key,
+        run: &Run,
+        checks: &[Check],
+    ) -> (crate::emit::Emitted, Box<[Instruction]>) {
         let steps = &run.steps;
         let mode = key.mode;
         let helped: Box<[Instruction]> =
@@ -182,16 +222,17 @@ impl Cpu {
             linkable: !mode.step() && !mode.shadow(),
         };
         let live_in = steps.first().map_or(ALL, |s| s.live_before);
-        let poll = steps.last().is_some_and(|s| run.may_loop(s));
+        let last_varies = || steps.len().checked_sub(1).and_then(|n| variable(n, checks)).is_some();
+        let poll = steps.last().is_some_and(|s| run.may_loop(s)) || last_varies();
         let mut operands = Operands::default();
         let mut steps = steps.clone();
-        let groups = match self.cache.is_ungrouped(&key) {
+        let groups = match self.cache.is_ungrouped(&key) || !checks.is_empty() {
             true => Vec::new(),
             false => groups::plan(&mut steps, mode, &mut operands),
         };
-        let mut emitter = Emitter::new(context, &mut operands, groups, live_in, poll);
+        let mut emitter = Emitter::new(context, &mut operands, groups, live_in, poll, checks);
         let mut next_helped = helped.iter();
-        for step in &steps {
+        for (n, step) in steps.iter().enumerate() {
             emitter.begin(&step.insn, step.live_before, step.live_after);
             emitter.set_members(step.operand, step.stack);
             if self.is_helped(step, mode) {
@@ -200,7 +241,10 @@ impl Cpu {
                 }
                 continue;
             }
-            emit_step(&mut emitter, step, run);
+            match variable(n, checks) {
+                Some(variable) => emit_variable(&mut emitter, step, variable),
+                None => emit_step(&mut emitter, step, run),
+            }
         }
         if !steps.last().is_some_and(|s| is_transfer(s.class) && !self.is_helped(s, mode)) {
             emitter.go(run.next);
@@ -243,6 +287,24 @@ fn is_transfer(class: Class) -> bool {
             | Class::CallIndirect
             | Class::Return
     )
+}
+
+/// Where the constant of step `n` is to be loaded from, if it varies.
+fn variable(n: usize, checks: &[Check]) -> Option<Variable> {
+    let check = checks.first()?;
+    let field = check.variable.iter().find(|f| usize::from(f.step) == n)?;
+    Some(Variable { host: check.host + u64::from(field.offset), len: field.len })
+}
+
+fn emit_variable(emitter: &mut Emitter<'_>, step: &Step, variable: Variable) {
+    match step.class {
+        Class::Jump | Class::Call => emitter.transfer_variable(&step.insn, variable),
+        _ => {
+            if emitter.native_variable(&step.insn, step.effect, variable).is_err() {
+                emitter.invalid();
+            }
+        }
+    }
 }
 
 fn emit_step(emitter: &mut Emitter<'_>, step: &Step, run: &Run) {
