@@ -5,11 +5,13 @@ use crate::cpu::CELLS;
 use crate::emit::{EdgeKind, Emitted, Position};
 use crate::mode::Mode;
 use crate::rewritten::{Check, Rewritten};
+use crate::translate::Desk;
 use crate::translate::flags::Flags;
 use engine::EngineError;
 use iced_x86::Instruction;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
 
 /// Index of a block in [`CodeCache::blocks`].
 pub type BlockId = u32;
@@ -48,15 +50,17 @@ pub struct Block {
     live_in: Flags,
     /// Bytes of host code from `entry` on.
     code_len: u32,
-    pub positions: Box<[Position]>,
+    /// Where its positions and sources are in the cache's lists.
+    positions: Range<u32>,
+    sources: Range<u32>,
     /// Instructions that helpers execute; translated code holds pointers to them.
     _instructions: Box<[Instruction]>,
-    sources: Vec<Source>,
     /// Digest of the guest bytes in `sources`.
     digest: u64,
     /// What the block compares itself, if it is a version of rewritten code.
     checks: Option<Box<[Check]>>,
-    incoming: Vec<u32>,
+    /// First of the edges linked to it, [`NONE`] if there is none.
+    incoming: u32,
     /// How often a group of accesses could not be served.
     splits: u32,
     alive: bool,
@@ -80,7 +84,14 @@ struct Edge {
     kind: EdgeKind,
     stub: u64,
     live: Flags,
+    /// The block it is linked to, and its neighbours in that block's list; [`NONE`] for none.
+    to: BlockId,
+    next: u32,
+    previous: u32,
 }
+
+/// No block, or no edge.
+const NONE: u32 = u32::MAX;
 
 #[derive(Default)]
 struct PageCode {
@@ -109,17 +120,17 @@ const DATA_BY_NOW: u32 = 64;
 const REWRITTEN: u32 = 4;
 
 /// What the translator hands over.
-pub struct NewBlock {
+pub struct NewBlock<'a> {
     /// Key.
     pub key: Key,
     /// See [`Block::second_page`].
     pub second_page: Option<u64>,
     /// Code.
-    pub emitted: Emitted,
+    pub emitted: &'a Emitted,
     /// Instructions that helpers execute.
     pub instructions: Box<[Instruction]>,
     /// Where the code came from.
-    pub sources: Vec<Source>,
+    pub sources: &'a [Source],
     /// Digest of those bytes.
     pub digest: u64,
     /// What the block compares itself; empty for others.
@@ -131,6 +142,8 @@ pub struct CodeCache {
     memory: CodeMemory,
     blocks: Vec<Block>,
     edges: Vec<Edge>,
+    positions: Vec<Position>,
+    sources: Vec<Source>,
     cells: u32,
     map: HashMap<Key, BlockId, BuildHasherDefault<Mix>>,
     pages: HashMap<u64, PageCode, BuildHasherDefault<Mix>>,
@@ -149,6 +162,8 @@ pub struct CodeCache {
     pub flushes: u64,
     /// Pages that other vCPUs may still write to unnoticed, with the number of answers due.
     pub unsure: Vec<(u64, u32)>,
+    /// What the translator needs for the next block.
+    pub desk: Option<Box<Desk>>,
 }
 
 impl CodeCache {
@@ -161,6 +176,8 @@ impl CodeCache {
             memory: CodeMemory::new(size)?,
             blocks: Vec::new(),
             edges: Vec::new(),
+            positions: Vec::new(),
+            sources: Vec::new(),
             cells: 0,
             map: HashMap::default(),
             pages: HashMap::default(),
@@ -172,6 +189,7 @@ impl CodeCache {
             worn_out: None,
             flushes: 0,
             unsure: Vec::new(),
+            desk: None,
         })
     }
 
@@ -197,14 +215,14 @@ impl CodeCache {
 
     /// Takes a block over, or returns `None` when the cache is full and must be cleared first.
     /// `cells` is the vCPU's array of link cells.
-    pub fn add(&mut self, new: NewBlock, cells: &mut [u64; CELLS]) -> Option<BlockId> {
+    pub fn add(&mut self, new: NewBlock<'_>, cells: &mut [u64; CELLS]) -> Option<BlockId> {
         let NewBlock { key, second_page, emitted, instructions, sources, digest, checks } = new;
         if self.cells as usize + emitted.cells as usize >= CELLS {
             return None;
         }
-        let entry = self.memory.install(&emitted.code)?;
+        let entry = self.memory.install(emitted.code())?;
         let id = self.blocks.len() as BlockId;
-        for spec in &emitted.edges {
+        for spec in emitted.edges() {
             let stub = entry + u64::from(spec.stub);
             if let EdgeKind::Far(cell) = spec.kind
                 && let Some(slot) = cells.get_mut(cell as usize)
@@ -217,10 +235,13 @@ impl CodeCache {
                 kind: spec.kind,
                 stub,
                 live: spec.live,
+                to: NONE,
+                next: NONE,
+                previous: NONE,
             });
         }
         self.cells += emitted.cells;
-        for source in &sources {
+        for source in sources {
             let page = self.pages.entry(source.start & !0xfff).or_default();
             page.lines |= line_mask(source.start, usize::from(source.len));
             page.hits = 0;
@@ -239,13 +260,13 @@ impl CodeCache {
             entry,
             saved_entry: entry + u64::from(emitted.saved_entry),
             live_in: emitted.live_in,
-            code_len: emitted.code.len() as u32,
-            positions: emitted.positions.into_boxed_slice(),
+            code_len: emitted.code().len() as u32,
+            positions: append(&mut self.positions, emitted.positions()),
             _instructions: instructions,
-            sources,
+            sources: append(&mut self.sources, sources),
             digest,
             checks,
-            incoming: Vec::new(),
+            incoming: NONE,
             splits: 0,
             alive: true,
         });
@@ -275,6 +296,7 @@ impl CodeCache {
         if !self.blocks.get(block as usize).is_some_and(|b| b.alive) {
             return;
         }
+        self.detach(edge);
         let origin = self.blocks[block as usize].entry;
         let Some(to) = self.blocks.get_mut(target as usize) else { return };
         match kind {
@@ -293,11 +315,33 @@ impl CodeCache {
                 self.far.push((edge, global));
             }
         }
-        to.incoming.push(edge);
+        let first = std::mem::replace(&mut to.incoming, edge);
+        if let Some(e) = self.edges.get_mut(first as usize) {
+            e.previous = edge;
+        }
+        if let Some(e) = self.edges.get_mut(edge as usize) {
+            (e.to, e.next, e.previous) = (target, first, NONE);
+        }
+    }
+
+    /// Takes an edge out of the list of the block it is linked to.
+    fn detach(&mut self, edge: u32) {
+        let Some(e) = self.edges.get_mut(edge as usize) else { return };
+        let (to, next, previous) = (e.to, e.next, e.previous);
+        (e.to, e.next, e.previous) = (NONE, NONE, NONE);
+        if let Some(e) = self.edges.get_mut(next as usize) {
+            e.previous = previous;
+        }
+        if let Some(e) = self.edges.get_mut(previous as usize) {
+            e.next = next;
+        } else if let Some(block) = self.blocks.get_mut(to as usize) {
+            block.incoming = next;
+        }
     }
 
     fn unlink(&mut self, edge: u32, cells: &mut [u64; CELLS]) {
         let Some(&Edge { block, kind, stub, .. }) = self.edges.get(edge as usize) else { return };
+        self.detach(edge);
         match kind {
             EdgeKind::Always => {}
             EdgeKind::Near(at) | EdgeKind::Stale(at) => {
@@ -330,15 +374,16 @@ impl CodeCache {
     pub fn kill(&mut self, id: BlockId, cells: &mut [u64; CELLS]) -> Option<u64> {
         let block = self.blocks.get_mut(id as usize).filter(|b| b.alive)?;
         block.alive = false;
-        let (key, incoming) = (block.key, std::mem::take(&mut block.incoming));
-        let checked = block.checks.is_some();
+        let (key, checked) = (block.key, block.checks.is_some());
         if self.map.get(&key) == Some(&id) {
             self.map.remove(&key);
         }
         if checked {
             self.forget_version(&key, id);
         }
-        for edge in incoming {
+        while let Some(edge) =
+            self.blocks.get(id as usize).map(|b| b.incoming).filter(|e| *e != NONE)
+        {
             self.unlink(edge, cells);
         }
         self.touched = true;
@@ -362,7 +407,10 @@ impl CodeCache {
         let end = start + len as u64;
         let hit = |s: &Source| s.start < end && start < s.start + u64::from(s.len);
         let alive = |id: &&BlockId| self.blocks.get(**id as usize).is_some_and(|b| b.alive);
-        let touches = |id: &&BlockId| self.blocks[**id as usize].sources.iter().any(hit);
+        let touches = |id: &&BlockId| {
+            let block = self.blocks.get(**id as usize);
+            block.is_some_and(|b| slice(&self.sources, &b.sources).iter().any(hit))
+        };
         let mut affected = Vec::new();
         if page.lines & line_mask(start, len) != 0 {
             affected.extend(page.blocks.iter().filter(alive).filter(touches));
@@ -391,7 +439,7 @@ impl CodeCache {
         let Some(code) = self.pages.get(&page) else { return Vec::new() };
         let stale = |id: &&BlockId| {
             let block = self.blocks.get(**id as usize);
-            block.is_some_and(|b| b.alive && digest(&b.sources) != b.digest)
+            block.is_some_and(|b| b.alive && digest(slice(&self.sources, &b.sources)) != b.digest)
         };
         code.blocks.iter().filter(stale).copied().collect()
     }
@@ -403,7 +451,9 @@ impl CodeCache {
         code.blocks.retain(|id| blocks.get(*id as usize).is_some_and(|b| b.alive));
         code.lines = 0;
         for id in &code.blocks {
-            for s in blocks[*id as usize].sources.iter().filter(|s| s.start & !0xfff == page) {
+            let Some(block) = blocks.get(*id as usize) else { continue };
+            let own = slice(&self.sources, &block.sources).iter();
+            for s in own.filter(|s| s.start & !0xfff == page) {
                 code.lines |= line_mask(s.start, usize::from(s.len));
             }
         }
@@ -420,6 +470,13 @@ impl CodeCache {
         let block = self.blocks.get(after.checked_sub(1)?)?;
         let offset = host - block.entry;
         (offset <= u64::from(block.code_len)).then_some((block, offset as u32))
+    }
+
+    /// What is known of the code from host offset `offset` of a block on.
+    pub fn position(&self, block: &Block, offset: u32) -> Option<Position> {
+        let positions = slice(&self.positions, &block.positions);
+        let end = positions.partition_point(|p| p.host <= offset);
+        positions.get(end.checked_sub(1)?).copied()
     }
 
     /// Counts a group that could not be served, in the block that holds host address `host`.
@@ -448,6 +505,8 @@ impl CodeCache {
         self.memory.clear();
         self.blocks.clear();
         self.edges.clear();
+        self.positions.clear();
+        self.sources.clear();
         self.cells = 0;
         self.map.clear();
         self.pages.clear();
@@ -460,6 +519,16 @@ impl CodeCache {
         self.flushes += 1;
         self.touched = true;
     }
+}
+
+fn append<T: Copy>(list: &mut Vec<T>, new: &[T]) -> Range<u32> {
+    let start = list.len() as u32;
+    list.extend_from_slice(new);
+    start..list.len() as u32
+}
+
+fn slice<'a, T>(list: &'a [T], range: &Range<u32>) -> &'a [T] {
+    list.get(range.start as usize..range.end as usize).unwrap_or(&[])
 }
 
 /// A bit for each 64-byte line of the page that the range touches.

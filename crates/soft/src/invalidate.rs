@@ -13,8 +13,7 @@ impl Cpu {
     /// faulting instruction plus one.
     pub fn locate(&mut self, host: u64) -> Option<Position> {
         let (block, offset) = self.cache.containing(host.wrapping_sub(1))?;
-        let end = block.positions.partition_point(|p| p.host <= offset);
-        let position = *block.positions.get(end.checked_sub(1)?)?;
+        let position = self.cache.position(block, offset)?;
         let pc = block.key.pc;
         let mask = self.ip_mask();
         self.rip = pc.wrapping_add(u64::from(position.guest)) & mask;

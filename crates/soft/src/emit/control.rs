@@ -9,7 +9,7 @@ use crate::translate::flags::{ALL, Flags};
 use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 /// Where a block goes on, and which flags live there.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Successor {
     /// Guest address.
     pub pc: u64,

@@ -274,8 +274,7 @@ impl Emitter<'_> {
         self.asm.rr(Width::W32, &[0x85], SCRATCH, SCRATCH);
         let plain = self.asm.jcc(cc::E);
         self.asm.bind_to(plain, back);
-        let copy = self.asm.bytes.get(back..after).map(<[u8]>::to_vec).unwrap_or_default();
-        self.asm.raw(&copy);
+        self.asm.bytes.extend_from_within(back..after);
         if let Some(end) = self.positions_until(after) {
             self.flags = end;
             self.mark();

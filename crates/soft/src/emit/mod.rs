@@ -121,7 +121,7 @@ pub struct Emitter<'a> {
     /// Flags live before and after the present instruction.
     live_before: Flags,
     live_after: Flags,
-    groups: Vec<Group>,
+    groups: &'a [Group],
     /// Membership of the present instruction's operand and stack access.
     operand_member: Option<Member>,
     stack_member: Option<Member>,
@@ -131,14 +131,25 @@ pub struct Emitter<'a> {
     checked_entry: Option<u32>,
 }
 
+/// The memory in which blocks are made, used again for each.
+pub struct Buffers {
+    code: Vec<u8>,
+    positions: Vec<Position>,
+    edges: Vec<EdgeSpec>,
+    cold: Vec<Cold>,
+    encoder: Encoder,
+}
+
+impl Default for Buffers {
+    fn default() -> Self {
+        let (code, positions, edges, cold) = Default::default();
+        Self { code, positions, edges, cold, encoder: Encoder::new(64) }
+    }
+}
+
 /// Finished code of a block.
 pub struct Emitted {
-    /// Host code, position-independent.
-    pub code: Vec<u8>,
-    /// Map from host to guest, ascending.
-    pub positions: Vec<Position>,
-    /// Direct exits.
-    pub edges: Vec<EdgeSpec>,
+    buffers: Buffers,
     /// Offset of the entry for callers with flags in `raw_flags`.
     pub saved_entry: u32,
     /// Link cells used.
@@ -147,26 +158,53 @@ pub struct Emitted {
     pub live_in: Flags,
 }
 
+impl Emitted {
+    /// Host code, position-independent.
+    pub fn code(&self) -> &[u8] {
+        &self.buffers.code
+    }
+
+    /// Map from host to guest, ascending.
+    pub fn positions(&self) -> &[Position] {
+        &self.buffers.positions
+    }
+
+    /// Direct exits.
+    pub fn edges(&self) -> &[EdgeSpec] {
+        &self.buffers.edges
+    }
+
+    /// The memory, for the next block.
+    pub fn into_buffers(self) -> Buffers {
+        self.buffers
+    }
+}
+
 impl<'a> Emitter<'a> {
-    /// Starts a block into which `live_in` flags flow, and which makes `checks` first.
+    /// Starts a block into which `live_in` flags flow, and which polls and makes `checks` first.
     pub fn new(
         context: Context,
         operands: &'a mut Operands,
-        groups: Vec<Group>,
-        live_in: Flags,
-        poll: bool,
+        groups: &'a [Group],
+        buffers: Buffers,
+        (live_in, poll): (Flags, bool),
         checks: &[Check],
     ) -> Self {
         let live_in = if context.precise { flags::ALL } else { live_in };
+        let Buffers { mut code, mut positions, mut edges, mut cold, encoder } = buffers;
+        code.clear();
+        positions.clear();
+        edges.clear();
+        cold.clear();
         let mut emitter = Self {
-            asm: Asm::default(),
+            asm: Asm { bytes: code },
             context,
-            encoder: Encoder::new(64),
+            encoder,
             operands,
             flags: FlagsIn::Host,
-            positions: Vec::new(),
-            edges: Vec::new(),
-            cold: Vec::new(),
+            positions,
+            edges,
+            cold,
             cells: 0,
             guest: 0,
             length: 0,
@@ -321,9 +359,8 @@ impl<'a> Emitter<'a> {
 
     /// Ends the block: places stubs and the second entry.
     pub fn finish(mut self, live_in: Flags) -> Emitted {
-        for cold in std::mem::take(&mut self.cold) {
-            self.place(cold);
-        }
+        let mut cold = std::mem::take(&mut self.cold);
+        cold.drain(..).for_each(|stub| self.place(stub));
         let mut saved_entry = self.checked_entry.unwrap_or(0);
         if self.checked_entry.is_none() && (live_in != 0 || self.context.precise) {
             saved_entry = self.asm.here() as u32;
@@ -331,9 +368,13 @@ impl<'a> Emitter<'a> {
             self.asm.jmp_to(0);
         }
         Emitted {
-            code: self.asm.bytes,
-            positions: self.positions,
-            edges: self.edges,
+            buffers: Buffers {
+                code: self.asm.bytes,
+                positions: self.positions,
+                edges: self.edges,
+                cold,
+                encoder: self.encoder,
+            },
             saved_entry,
             cells: self.cells,
             // A block whose code has changed may need any flag.

@@ -50,6 +50,11 @@ fn native(insn: &Instruction) -> Effect {
     Effect { reads, kills, touches }
 }
 
+/// Whether the effect of an instruction follows from its code alone.
+pub fn is_fixed(insn: &Instruction) -> bool {
+    !is_shift(insn.mnemonic())
+}
+
 fn is_shift(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
