@@ -25,11 +25,14 @@ const READS: u64 = 1 << 9;
 const WRITES: u64 = 1 << 10;
 const FIXED_EFFECT: u64 = 1 << 11;
 /// Places of the three sets of flags of an effect.
-const EFFECT: [u32; 3] = [12, 18, 24];
+const READ_FLAGS: u32 = 12;
+const KILLED_FLAGS: u32 = 18;
+const TOUCHED_FLAGS: u32 = 24;
 
 static TABLE: [AtomicU64; 16384] = [const { AtomicU64::new(0) }; 16384];
 
 /// The facts of an instruction.
+#[inline]
 pub fn of(insn: &Instruction) -> Facts {
     let memory = has_memory(insn);
     let slot = (insn.code() as usize) << 1 | usize::from(memory);
@@ -63,9 +66,8 @@ fn encode(facts: Facts) -> u64 {
         | bit(facts.reads_memory, READS)
         | bit(facts.writes_memory, WRITES);
     if let Some(Effect { reads, kills, touches }) = facts.effect {
-        let sets = [reads, kills, touches];
-        word |= FIXED_EFFECT;
-        word |= sets.iter().zip(EFFECT).fold(0, |w, (set, at)| w | u64::from(*set) << at);
+        word |= FIXED_EFFECT | u64::from(reads) << READ_FLAGS;
+        word |= u64::from(kills) << KILLED_FLAGS | u64::from(touches) << TOUCHED_FLAGS;
     }
     word
 }
@@ -73,7 +75,7 @@ fn encode(facts: Facts) -> u64 {
 fn decode(word: u64) -> Option<Facts> {
     let class = *Class::ALL.get((word as usize & 0xff).wrapping_sub(1))?;
     let set = |at: u32| (word >> at) as u32 & flags::ALL;
-    let [reads, kills, touches] = EFFECT.map(set);
+    let (reads, kills, touches) = (set(READ_FLAGS), set(KILLED_FLAGS), set(TOUCHED_FLAGS));
     let effect = (word & FIXED_EFFECT != 0).then_some(Effect { reads, kills, touches });
     Some(Facts {
         class,
