@@ -67,6 +67,7 @@ impl Emitter<'_> {
 
     /// Goes on at `successor`.
     pub fn go(&mut self, successor: Successor) {
+        self.settle_stack();
         self.flags_for_edge(successor.live);
         let edge = self.new_edge(successor);
         self.jump_edge(edge);
@@ -212,6 +213,7 @@ impl Emitter<'_> {
 
     /// Jumps to the guest address in RDI through the jump cache (`cpu::jump_slot`).
     pub(super) fn go_indirect(&mut self) {
+        self.settle_stack();
         if !self.context.linkable {
             self.asm.call_mem(layout::thunk(index::LEAVE_INDIRECT));
             return;

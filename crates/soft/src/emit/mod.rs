@@ -18,10 +18,11 @@ use crate::rewritten::Check;
 use crate::thunks::index;
 use crate::translate::classify::Operands;
 use crate::translate::flags::{self, Effect, Flags};
-use crate::translate::groups::{Group, Member};
+use crate::translate::groups::{Group, MAX_GROUPS, Member};
 use asm::{Asm, Fixup, Mem, Reg, Width, cc};
 use iced_x86::{Encoder, FlowControl, Instruction};
 use layout::{ADDRESS, RAW_FLAGS, SCRATCH};
+use std::ops::Range;
 
 /// Where the guest's arithmetic flags are at a point of the host code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +128,10 @@ pub struct Emitter<'a> {
     stack_member: Option<Member>,
     /// The group whose host address RDI holds.
     holds: Option<usize>,
+    /// For each group the store of its address, until something loads that.
+    kept: [Range<usize>; MAX_GROUPS],
+    /// By how much the guest's RSP is yet to be moved.
+    stack_moved: i32,
     /// Where a block that checks its code is entered with flags in `raw_flags`.
     checked_entry: Option<u32>,
 }
@@ -215,6 +220,8 @@ impl<'a> Emitter<'a> {
             operand_member: None,
             stack_member: None,
             holds: None,
+            kept: [const { 0..0 }; MAX_GROUPS],
+            stack_moved: 0,
             checked_entry: None,
         };
         emitter.mark();
@@ -260,8 +267,12 @@ impl<'a> Emitter<'a> {
         self.mark();
     }
 
-    /// Says which of the next instruction's accesses belong to groups.
-    pub fn set_members(&mut self, operand: Option<Member>, stack: Option<Member>) {
+    /// Says which of the next instruction's accesses belong to groups, and whether it goes on
+    /// with a run of pushes or pops.
+    pub fn set_members(&mut self, operand: Option<Member>, stack: Option<Member>, goes_on: bool) {
+        if !goes_on {
+            self.settle_stack();
+        }
         self.operand_member = operand;
         self.stack_member = stack;
     }
@@ -359,6 +370,9 @@ impl<'a> Emitter<'a> {
 
     /// Ends the block: places stubs and the second entry.
     pub fn finish(mut self, live_in: Flags) -> Emitted {
+        for unused in std::mem::take(&mut self.kept) {
+            self.asm.erase(unused);
+        }
         let mut cold = std::mem::take(&mut self.cold);
         cold.drain(..).for_each(|stub| self.place(stub));
         let mut saved_entry = self.checked_entry.unwrap_or(0);

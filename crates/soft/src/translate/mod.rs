@@ -258,7 +258,7 @@ impl Cpu {
         let mut next_helped = helped.iter();
         for (n, step) in run.steps.iter().enumerate() {
             emitter.begin(&step.insn, step.live_before, step.live_after);
-            emitter.set_members(step.operand, step.stack);
+            emitter.set_members(step.operand, step.stack, continues_group(step));
             if step.helped {
                 if let Some(insn) = next_helped.next() {
                     emitter.helper(insn);
@@ -322,6 +322,13 @@ fn is_transfer(class: Class) -> bool {
             | Class::CallIndirect
             | Class::Return
     )
+}
+
+/// Whether a step needs no RSP that is up to date.
+fn continues_group(step: &Step) -> bool {
+    matches!(step.class, Class::Push | Class::Pop | Class::Return)
+        && !step.helped
+        && Emitter::continues_group(&step.insn, step.stack)
 }
 
 /// Where the constant of step `n` is to be loaded from, if it varies.
