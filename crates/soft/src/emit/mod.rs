@@ -2,7 +2,7 @@
 //!
 //! [`Emitter`] holds the block under construction. `memory` makes addresses and probes, `native`
 //! re-encodes instructions, `stack` and `control` do PUSH to RET and everything that ends a block,
-//! `checked` does what blocks of rewritten code need.
+//! `checked` does what blocks of rewritten code need, `strings` string instructions.
 //! Slow paths are collected as [`Cold`] stubs and placed after the block's straight code.
 pub mod asm;
 pub mod checked;
@@ -11,6 +11,7 @@ pub mod layout;
 pub mod memory;
 pub mod native;
 pub mod stack;
+pub mod strings;
 
 use crate::helpers::AccessInfo;
 use crate::mode::Mode;
@@ -81,6 +82,7 @@ enum Cold {
     Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn, position: usize },
     Indirect { miss: Fixup, position: usize },
     Stale { stale: Vec<Fixup>, position: usize },
+    String { slow: Vec<Fixup>, helped: *const Instruction, back: usize, position: usize },
 }
 
 /// What the emitter needs to know of its surroundings.
@@ -409,6 +411,9 @@ impl<'a> Emitter<'a> {
                 self.place_edge(fixup, edge, flags);
             }
             Cold::Stale { stale, position } => self.place_stale(stale, position),
+            Cold::String { slow, helped, back, position } => {
+                self.place_string(slow, helped, back, position);
+            }
             Cold::Indirect { miss, position } => {
                 self.resume_position(position);
                 self.asm.bind(miss);

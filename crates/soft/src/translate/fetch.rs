@@ -9,6 +9,7 @@ use crate::cache::{Key, Source};
 use crate::cpu::Cpu;
 use crate::emit::checked::can_vary;
 use crate::emit::control::Successor;
+use crate::emit::strings;
 use crate::exception::Exception;
 use crate::mode::Mode;
 use crate::ram::Ram;
@@ -286,10 +287,11 @@ fn find_fields(steps: &[Step], key: Key, bytes: &[u8]) -> Vec<Field> {
 }
 
 fn step(insn: Instruction, class: Class, mode: Mode) -> Step {
-    let effect = effect(&insn, class);
+    let string = class == Class::Helper && strings::is_inline(&insn, mode);
+    let effect = if string { flags::of_string(&insn) } else { effect(&insn, class) };
     let helped = helped(class, &insn, mode);
     let (live_before, live_after, operand, stack) = (ALL, ALL, None, None);
-    Step { insn, class, effect, helped, live_before, live_after, operand, stack }
+    Step { insn, class, effect, helped, string, live_before, live_after, operand, stack }
 }
 
 /// The effect of an instruction of class `class` on the flags.

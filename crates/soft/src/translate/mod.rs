@@ -35,6 +35,8 @@ pub struct Step {
     effect: Effect,
     /// Whether a helper executes it.
     helped: bool,
+    /// Whether it is a string instruction that translated code does itself as a rule.
+    string: bool,
     live_before: Flags,
     live_after: Flags,
     /// Membership of the memory operand in a group.
@@ -260,8 +262,10 @@ impl Cpu {
             emitter.begin(&step.insn, step.live_before, step.live_after);
             emitter.set_members(step.operand, step.stack, continues_group(step));
             if step.helped {
-                if let Some(insn) = next_helped.next() {
-                    emitter.helper(insn);
+                match next_helped.next() {
+                    Some(insn) if step.string => emitter.string(&step.insn, insn),
+                    Some(insn) => emitter.helper(insn),
+                    None => {}
                 }
                 continue;
             }
