@@ -110,7 +110,7 @@ pub struct Context {
 pub struct Emitter<'a> {
     asm: Asm,
     context: Context,
-    encoder: Encoder,
+    encoder: Box<Encoder>,
     operands: &'a mut Operands,
     flags: FlagsIn,
     positions: Vec<Position>,
@@ -144,13 +144,13 @@ pub struct Buffers {
     positions: Vec<Position>,
     edges: Vec<EdgeSpec>,
     cold: Vec<Cold>,
-    encoder: Encoder,
+    encoder: Box<Encoder>,
 }
 
 impl Default for Buffers {
     fn default() -> Self {
         let (code, positions, edges, cold) = Default::default();
-        Self { code, positions, edges, cold, encoder: Encoder::new(64) }
+        Self { code, positions, edges, cold, encoder: Box::new(Encoder::new(64)) }
     }
 }
 
