@@ -1,15 +1,19 @@
 //! Reading and decoding guest code, and looking ahead for live flags.
 #![allow(unsafe_code)]
-use super::classify::{Class, classify_for};
-use super::flags::{self, ALL, Flags};
+use super::classify::{Class, Operands, classify_for};
+use super::facts::{self, Facts};
+use super::flags::{self, ALL, Effect, Flags};
 use super::{Step, helped, successor};
 use crate::cache::{Key, Source};
 use crate::cpu::Cpu;
+use crate::emit::checked::can_vary;
 use crate::emit::control::Successor;
+use crate::emit::strings;
 use crate::exception::Exception;
 use crate::instruction_set::InstructionSet;
 use crate::mode::Mode;
 use crate::ram::Ram;
+use crate::rewritten::Field;
 use arch::SegmentName;
 use iced_x86::{Code, Decoder, DecoderError, Instruction, Mnemonic};
 
@@ -20,8 +24,11 @@ const LOOK_AHEAD: u32 = 8;
 const LOOK_BRANCHES: u32 = 2;
 /// Longest instruction (Intel SDM 2A 2.3.11).
 const MAX_LENGTH: usize = 15;
+/// Bytes in a block at most: its instructions are 4 bytes long on average.
+const WINDOW: usize = 256;
 
 /// A decoded straight run.
+#[derive(Default)]
 pub struct Run {
     /// Its instructions.
     pub steps: Vec<Step>,
@@ -33,12 +40,31 @@ pub struct Run {
     pub next: Successor,
     /// Target of the direct jump or call at the end.
     pub target: Option<Successor>,
+    /// The guest bytes, and some that follow.
+    pub bytes: Vec<u8>,
+    /// Constants among them that could be loaded at run time.
+    pub fields: Vec<Field>,
     /// Bytes that liveness depends on.
     pub looked_at: Vec<Source>,
     pc: u64,
 }
 
 impl Run {
+    /// The block's own bytes, by pages.
+    pub fn pieces(&self, key: Key) -> impl Iterator<Item = Source> + use<> {
+        let own = self.len.min(4096 - (key.physical & 0xfff) as usize);
+        let rest = self.len - own;
+        let first = Source { start: key.physical, len: own as u16 };
+        let second = self.second_page.map(|page| Source { start: page & !0xfff, len: rest as u16 });
+        [Some(first), second].into_iter().flatten()
+    }
+
+    /// The bytes of one of its instructions.
+    pub fn bytes_of(&self, insn: &Instruction) -> &[u8] {
+        let start = insn.ip().wrapping_sub(self.pc) as usize;
+        self.bytes.get(start..start + insn.len()).unwrap_or(&[])
+    }
+
     /// Whether the end of the run could lead back to itself without passing another poll: direct
     /// jumps backwards, and all indirect ones.
     pub fn may_loop(&self, last: &Step) -> bool {
@@ -64,9 +90,9 @@ struct Ahead<'a> {
     instructions: &'a InstructionSet,
     mode: Mode,
     /// Pages that may be looked at: guest address and guest-physical address.
-    pages: Vec<(u64, u64)>,
+    pages: [Option<(u64, u64)>; 3],
     /// Bytes looked at.
-    seen: Vec<Source>,
+    seen: &'a mut Vec<Source>,
     budget: u32,
 }
 
@@ -75,30 +101,48 @@ impl Cpu {
     ///
     /// # Errors
     /// #PF of the second page of a crossing instruction, #GP(0) past the limit of the segment.
-    pub(super) fn fetch_run(&mut self, key: Key, linear: u64) -> Result<Run, Exception> {
+    pub(super) fn fetch_run(
+        &mut self,
+        key: Key,
+        linear: u64,
+        run: &mut Run,
+    ) -> Result<(), Exception> {
         let left = 4096 - (key.physical & 0xfff) as usize;
-        let mut bytes = [0xff; 4096 + MAX_LENGTH];
-        let mut available = left;
-        // Where there is no RAM, fetches read as ones: an invalid opcode.
-        let _ = copy(&self.vm.ram, key.physical, &mut bytes[..left]);
+        let window = left.min(WINDOW);
+        let mut bytes = std::mem::take(&mut run.bytes);
+        bytes.resize(WINDOW + MAX_LENGTH, 0);
+        self.read_code(key.physical, &mut bytes[..window]);
         let one = key.mode.step() || key.mode.shadow();
         let limit = if one { 1 } else { MAX_STEPS };
-        let mut second_page = None;
-        let (steps, len) = match self.decode(key, &bytes[..available], limit) {
-            Ok(run) => run,
-            Err(_) => {
-                // The first instruction goes on in the next page.
-                let next = (linear | 0xfff).wrapping_add(1) & self.address_mask();
-                let physical = self.translate_fetch(next)?;
-                let tail = &mut bytes[left..left + MAX_LENGTH];
-                let _ = copy(&self.vm.ram, physical & !0xfff, tail);
-                available = left + MAX_LENGTH;
-                second_page = Some(physical & !0xfff);
-                self.decode(key, &bytes[..available], 1).map_err(|()| Exception::GP0)?
-            }
-        };
-        self.check_limit(&steps)?;
-        Ok(self.finish_run(key, steps, len, second_page))
+        run.second_page = None;
+        run.pc = key.pc;
+        if self.decode(key, &bytes[..window], limit, run).is_err() {
+            // The first instruction goes on in the next page.
+            let next = (linear | 0xfff).wrapping_add(1) & self.address_mask();
+            let physical = self.translate_fetch(next)?;
+            self.read_code(physical & !0xfff, &mut bytes[left..left + MAX_LENGTH]);
+            run.second_page = Some(physical & !0xfff);
+            self.decode(key, &bytes[..left + MAX_LENGTH], 1, run).map_err(|()| Exception::GP0)?;
+        }
+        self.check_limit(&run.steps)?;
+        run.fields.clear();
+        let pages = [Some(key.physical), run.second_page];
+        let checked = pages.iter().flatten().any(|&p| self.cache.rewritten.checks(p));
+        if checked {
+            stop_after_write(run);
+            let options = self.vm.instructions.decoder_options();
+            run.fields = find_fields(&run.steps, key, &bytes[..run.len], options);
+        }
+        run.bytes = bytes;
+        self.finish_run(key, run, checked);
+        Ok(())
+    }
+
+    /// Reads code within a page. Where there is no RAM, fetches read as ones: an invalid opcode.
+    fn read_code(&self, physical: u64, to: &mut [u8]) {
+        if copy(&self.vm.ram, physical, to).is_none() {
+            to.fill(0xff);
+        }
     }
 
     /// An instruction that reaches past the code segment's limit faults (Intel SDM 3A 5.3).
@@ -110,13 +154,13 @@ impl Cpu {
     }
 
     /// Decodes up to `limit` instructions; an error means that the first one is cut off.
-    fn decode(&self, key: Key, bytes: &[u8], limit: usize) -> Result<(Vec<Step>, usize), ()> {
+    fn decode(&self, key: Key, bytes: &[u8], limit: usize, run: &mut Run) -> Result<(), ()> {
         let mode = key.mode;
         let (instructions, bits) = (&self.vm.instructions, mode.code().bits());
-        let options = instructions.decoder_options();
-        let mut decoder = Decoder::with_ip(bits, bytes, key.pc, options);
-        let mut steps = Vec::with_capacity(16);
-        let mut len = 0;
+        let mut decoder = Decoder::with_ip(bits, bytes, key.pc, instructions.decoder_options());
+        let steps = &mut run.steps;
+        steps.clear();
+        run.len = 0;
         let cs_limit = u64::from(self.segment(SegmentName::Cs).limit);
         while steps.len() < limit && decoder.can_decode() {
             let mut insn = decoder.decode();
@@ -133,7 +177,8 @@ impl Cpu {
                     let mut invalid = Instruction::default();
                     invalid.set_len(1);
                     invalid.set_next_ip(key.pc + 1);
-                    steps.push(step(invalid, Class::Invalid));
+                    steps.push(step(invalid, Class::Invalid, mode));
+                    run.len = MAX_LENGTH.min(bytes.len());
                 }
                 break;
             }
@@ -142,57 +187,55 @@ impl Cpu {
                 break;
             }
             let class = refine(&insn, mode, instructions);
-            len = insn.next_ip().wrapping_sub(key.pc) as usize & 0xffff;
-            steps.push(step(insn, class));
-            if ends(class) || helped(class, &insn, mode) && super::is_transfer(class) {
+            run.len = insn.next_ip().wrapping_sub(key.pc) as usize & 0xffff;
+            let step = step(insn, class, mode);
+            steps.push(step);
+            if ends(class) || step.helped && super::is_transfer(class) {
                 break;
             }
         }
-        Ok((steps, len))
+        Ok(())
     }
 
-    fn finish_run(
-        &mut self,
-        key: Key,
-        mut steps: Vec<Step>,
-        len: usize,
-        second_page: Option<u64>,
-    ) -> Run {
-        let vm = self.vm.clone();
+    fn finish_run(&mut self, key: Key, run: &mut Run, checked: bool) {
         let mask = self.ip_mask();
         let page = (key.pc & !0xfff, key.physical & !0xfff);
         // In segments whose base is not page-aligned, guest addresses and pages do not go together.
         let aligned = (key.pc ^ key.physical) & 0xfff == 0;
-        let near = |pc: u64| aligned && second_page.is_none() && pc & !0xfff == page.0;
-        let last = steps.last().copied();
+        let crossing = run.second_page.is_some();
+        let near = |pc: u64| aligned && !crossing && pc & !0xfff == page.0;
+        let last = run.steps.last().copied();
         let next_pc = last.map_or(key.pc, |s| s.insn.next_ip() & mask);
         let direct = last.filter(|s| {
             matches!(s.class, Class::Jump | Class::Branch | Class::LoopBranch | Class::Call)
-                && !helped(s.class, &s.insn, key.mode)
+                && !s.helped
         });
         let target_pc = direct.map(|s| s.insn.near_branch_target() & mask);
-        let mut pages = Vec::with_capacity(3);
-        if aligned {
-            pages.push(page);
+        // Nobody watches what a checked block would look at.
+        let mut pages = [(!checked && aligned).then_some(page), None, None];
+        if !checked {
+            let far = |pc: &u64| !near(*pc);
+            pages[1] = target_pc.filter(far).and_then(|pc| self.visible_page(pc));
+            pages[2] = Some(next_pc).filter(far).and_then(|pc| self.visible_page(pc));
         }
-        for pc in target_pc.into_iter().chain([next_pc]).filter(|&pc| !near(pc)) {
-            pages.extend(self.visible_page(pc));
-        }
-        let (ram, instructions, mode) = (&vm.ram, &vm.instructions, key.mode);
-        let mut ahead = Ahead { ram, instructions, mode, pages, seen: Vec::new(), budget: 24 };
+        run.looked_at.clear();
+        let seen = &mut run.looked_at;
+        let (ram, instructions, mode) = (&self.vm.ram, &self.vm.instructions, key.mode);
+        let mut ahead = Ahead { ram, instructions, mode, pages, seen, budget: 24 };
         let mut live = |pc: u64| ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES);
         let target = target_pc.map(|pc| successor(pc, live(pc), near(pc)));
         let falls =
             last.is_none_or(|s| !matches!(s.class, Class::Jump | Class::Call)) || direct.is_none();
         let next_live = if falls { live(next_pc) } else { 0 };
         let next = successor(next_pc, next_live, near(next_pc));
-        let mut flow = live_out(last.as_ref(), &next, target.as_ref(), key.mode);
-        for step in steps.iter_mut().rev() {
+        let mut flow = live_out(last.as_ref(), &next, target.as_ref());
+        for step in run.steps.iter_mut().rev() {
             step.live_after = flow;
             flow = flags::live_before(step.effect, flow);
             step.live_before = flow;
         }
-        Run { steps, len, second_page, next, target, looked_at: ahead.seen, pc: key.pc }
+        run.next = next;
+        run.target = target;
     }
 }
 
@@ -202,7 +245,7 @@ impl Cpu {
     fn visible_page(&mut self, pc: u64) -> Option<(u64, u64)> {
         let linear = self.code_address(pc).ok()?;
         let physical = self.translate_fetch(linear).ok()?;
-        if (pc ^ physical) & 0xfff != 0 {
+        if (pc ^ physical) & 0xfff != 0 || self.cache.rewritten.checks(physical) {
             return None;
         }
         self.claim_page(physical);
@@ -216,14 +259,60 @@ impl Cpu {
         let linear = self.code_address(rip).ok()?;
         let physical = self.translate_fetch(linear).ok()?;
         let mode = Mode(self.mode.0 | Mode::STEP);
-        let run = self.fetch_run(Key { pc: rip, physical, mode }, linear).ok()?;
+        let mut run = Run::default();
+        self.fetch_run(Key { pc: rip, physical, mode }, linear, &mut run).ok()?;
         run.steps.first().map(|step| step.insn)
     }
 }
 
-fn step(insn: Instruction, class: Class) -> Step {
-    let effect = flags::effect(&insn, class);
-    Step { insn, class, effect, live_before: ALL, live_after: ALL, operand: None, stack: None }
+/// Ends a checked block after the first instruction that may write memory.
+fn stop_after_write(run: &mut Run) {
+    let mut operands = Operands::default();
+    let writes = |step: &Step| match step.class {
+        Class::Native | Class::NativeVector | Class::BitString => {
+            operands.memory(&step.insn).is_some_and(|o| o.writes)
+        }
+        Class::Push | Class::PushMemory | Class::MovOffset | Class::Helper => true,
+        _ => false,
+    };
+    let Some(last) = run.steps.iter().position(writes) else { return };
+    run.steps.truncate(last + 1);
+    if let Some(step) = run.steps.last() {
+        run.len = step.insn.next_ip().wrapping_sub(run.pc) as usize & 0xffff;
+    }
+}
+
+/// The constants of a block that could be loaded at run time.
+fn find_fields(steps: &[Step], key: Key, bytes: &[u8], options: u32) -> Vec<Field> {
+    let bits = key.mode.code().bits();
+    let mut decoder = Decoder::with_ip(bits, bytes, key.pc, options);
+    let mut fields = Vec::new();
+    for (n, step) in steps.iter().enumerate() {
+        let insn = decoder.decode();
+        let constants = decoder.get_constant_offsets(&insn);
+        if !step.helped && constants.has_immediate() && can_vary(&insn, step.class, key.mode) {
+            let start = insn.ip().wrapping_sub(key.pc) as usize + constants.immediate_offset();
+            let len = constants.immediate_size() as u8;
+            fields.push(Field { step: n as u16, offset: start as u16, len });
+        }
+    }
+    fields
+}
+
+fn step(insn: Instruction, class: Class, mode: Mode) -> Step {
+    let string = class == Class::Helper && strings::is_inline(&insn, mode);
+    let effect = if string { flags::of_string(&insn) } else { effect(&insn, class) };
+    let helped = helped(class, &insn, mode);
+    let (live_before, live_after, operand, stack) = (ALL, ALL, None, None);
+    Step { insn, class, effect, helped, string, live_before, live_after, operand, stack }
+}
+
+/// The effect of an instruction of class `class` on the flags.
+fn effect(insn: &Instruction, class: Class) -> Effect {
+    match facts::of(insn) {
+        Facts { class: same, effect: Some(effect), .. } if same == class => effect,
+        _ => flags::effect(insn, class),
+    }
 }
 
 /// The class of an instruction, given the mode and the CPU.
@@ -239,14 +328,9 @@ fn ends(class: Class) -> bool {
     super::is_transfer(class) || matches!(class, Class::HelperEnd | Class::Invalid)
 }
 
-fn live_out(
-    last: Option<&Step>,
-    next: &Successor,
-    target: Option<&Successor>,
-    mode: Mode,
-) -> Flags {
+fn live_out(last: Option<&Step>, next: &Successor, target: Option<&Successor>) -> Flags {
     let Some(last) = last else { return ALL };
-    if helped(last.class, &last.insn, mode) {
+    if last.helped {
         return ALL;
     }
     match last.class {
@@ -265,7 +349,9 @@ impl Ahead<'_> {
         let mut needed: Flags = 0;
         let mut bytes = [0; 64];
         let offset = pc & 0xfff;
-        let Some(&(_, page)) = self.pages.iter().find(|p| p.0 == pc & !0xfff) else { return ALL };
+        let Some(&(_, page)) = self.pages.iter().flatten().find(|p| p.0 == pc & !0xfff) else {
+            return ALL;
+        };
         let available = (4096 - offset as usize).min(bytes.len());
         let Some(window) = bytes.get_mut(..available) else { return ALL };
         if copy(self.ram, page + offset, window).is_none() {
@@ -283,7 +369,7 @@ impl Ahead<'_> {
                 break;
             }
             let class = refine(&insn, self.mode, self.instructions);
-            let effect = flags::effect(&insn, class);
+            let effect = effect(&insn, class);
             let helper = helped(class, &insn, self.mode);
             needed |= if helper { ALL } else { effect.reads } & !known_dead;
             known_dead |= effect.kills;
