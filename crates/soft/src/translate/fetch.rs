@@ -301,15 +301,17 @@ fn find_fields(steps: &[Step], key: Key, bytes: &[u8], options: u32) -> Vec<Fiel
 
 fn step(insn: Instruction, class: Class, mode: Mode) -> Step {
     let string = class == Class::Helper && strings::is_inline(&insn, mode);
-    let effect = if string { flags::of_string(&insn) } else { effect(&insn, class) };
-    let helped = helped(class, &insn, mode);
+    let facts = facts::of(&insn);
+    let effect = if string { flags::of_string(&insn) } else { effect(facts, &insn, class) };
+    let native = facts.general && matches!(class, Class::Native | Class::NativeVector);
+    let helped = !native && helped(class, &insn, mode);
     let (live_before, live_after, operand, stack) = (ALL, ALL, None, None);
     Step { insn, class, effect, helped, string, live_before, live_after, operand, stack }
 }
 
 /// The effect of an instruction of class `class` on the flags.
-fn effect(insn: &Instruction, class: Class) -> Effect {
-    match facts::of(insn) {
+fn effect(facts: Facts, insn: &Instruction, class: Class) -> Effect {
+    match facts {
         Facts { class: same, effect: Some(effect), .. } if same == class => effect,
         _ => flags::effect(insn, class),
     }
@@ -369,7 +371,7 @@ impl Ahead<'_> {
                 break;
             }
             let class = refine(&insn, self.mode, self.instructions);
-            let effect = effect(&insn, class);
+            let effect = effect(facts::of(&insn), &insn, class);
             let helper = helped(class, &insn, self.mode);
             needed |= if helper { ALL } else { effect.reads } & !known_dead;
             known_dead |= effect.kills;
