@@ -1,13 +1,13 @@
 //! Translated blocks of one vCPU: finding them, linking them to each other, and throwing them
 //! away when the guest changes the code they were made from.
 use crate::codemem::CodeMemory;
-use crate::cpu::{CELLS, Cpu, JUMP_CACHE_ENTRIES, jump_slot};
+use crate::cpu::{CELLS, Cpu, EMPTY_JUMPS};
 use crate::emit::{EdgeKind, Emitted, FlagsIn, Position};
-use crate::mode::{MmuIndex, Mode};
+use crate::helpers::Helped;
+use crate::mode::Mode;
 use crate::translate::flags::Flags;
 use crate::vm::{Written, pending};
 use engine::EngineError;
-use iced_x86::Instruction;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::Ordering;
@@ -51,7 +51,7 @@ pub struct Block {
     code_len: u32,
     positions: Box<[Position]>,
     /// Instructions that helpers execute; translated code holds pointers to them.
-    _instructions: Box<[Instruction]>,
+    _instructions: Box<[Helped]>,
     sources: Vec<Source>,
     /// Digest of the guest bytes in `sources`.
     digest: u64,
@@ -72,6 +72,15 @@ struct Edge {
     kind: EdgeKind,
     stub: u64,
     live: Flags,
+    /// The block in whose `incoming` it is.
+    linked: Option<BlockId>,
+}
+
+/// A link that depends on the translation of another page than that of its origin.
+#[derive(Clone, Copy)]
+pub struct FarLink {
+    edge: u32,
+    target: BlockId,
 }
 
 #[derive(Default)]
@@ -109,7 +118,7 @@ pub struct NewBlock {
     /// Code.
     pub emitted: Emitted,
     /// Instructions that helpers execute.
-    pub instructions: Box<[Instruction]>,
+    pub instructions: Box<[Helped]>,
     /// Where the code came from.
     pub sources: Vec<Source>,
     /// Digest of those bytes.
@@ -125,8 +134,10 @@ pub struct CodeCache {
     map: HashMap<Key, BlockId, BuildHasherDefault<Mix>>,
     pages: HashMap<u64, PageCode, BuildHasherDefault<Mix>>,
     misses: HashMap<u64, Misses, BuildHasherDefault<Mix>>,
-    /// Far edges whose cells are filled, and whether the target's page is global.
-    far: Vec<(u32, bool)>,
+    /// Links that are made and depend on translations of global pages.
+    far_global: Vec<FarLink>,
+    /// Those that depend on others, of the present address space.
+    far_local: Vec<FarLink>,
     /// Translated code was invalidated since this was last cleared.
     pub touched: bool,
     /// Blocks whose groups cross pages again and again: they do without.
@@ -153,7 +164,8 @@ impl CodeCache {
             map: HashMap::default(),
             pages: HashMap::default(),
             misses: HashMap::default(),
-            far: Vec::new(),
+            far_global: Vec::new(),
+            far_local: Vec::new(),
             touched: false,
             ungrouped: HashSet::default(),
             worn_out: None,
@@ -204,6 +216,7 @@ impl CodeCache {
                 kind: spec.kind,
                 stub,
                 live: spec.live,
+                linked: None,
             });
         }
         self.cells += emitted.cells;
@@ -255,51 +268,96 @@ impl CodeCache {
         if !self.blocks.get(block as usize).is_some_and(|b| b.alive) {
             return;
         }
-        let origin = self.blocks[block as usize].entry;
-        let Some(to) = self.blocks.get_mut(target as usize) else { return };
-        match kind {
-            EdgeKind::Always => return,
-            // An instruction that crosses a page must be looked up through both translations.
-            EdgeKind::Near(_) if to.second_page.is_some() => return,
-            EdgeKind::Near(at) => self.memory.patch(origin + u64::from(at), to.entry),
-            EdgeKind::Far(cell) => {
-                if let Some(slot) = cells.get_mut(cell as usize) {
-                    *slot = to.entry;
-                }
-                self.far.push((edge, global));
-            }
+        let Some(to) = self.blocks.get(target as usize) else { return };
+        // An instruction that crosses a page depends on the translation of the next one too.
+        let near = matches!(kind, EdgeKind::Near(_)) && to.second_page.is_none();
+        if kind == EdgeKind::Always {
+            return;
         }
-        to.incoming.push(edge);
+        self.lead(edge, target, cells);
+        if !near {
+            let links = if global { &mut self.far_global } else { &mut self.far_local };
+            links.push(FarLink { edge, target });
+        }
+        let Some(to) = self.blocks.get_mut(target as usize) else { return };
+        if let Some(from) = self.edges.get_mut(edge as usize)
+            && from.linked.replace(target) != Some(target)
+        {
+            if to.incoming.len() == to.incoming.capacity() {
+                to.incoming.sort_unstable();
+                to.incoming.dedup();
+            }
+            to.incoming.push(edge);
+        }
     }
 
+    /// Makes an edge leave to the run loop.
     fn unlink(&mut self, edge: u32, cells: &mut [u64; CELLS]) {
-        let Some(&Edge { block, kind, stub, .. }) = self.edges.get(edge as usize) else { return };
+        let Some(&Edge { stub, .. }) = self.edges.get(edge as usize) else { return };
+        self.point(edge, stub, cells);
+    }
+
+    /// Makes an edge lead to a block.
+    fn lead(&mut self, edge: u32, target: BlockId, cells: &mut [u64; CELLS]) {
+        let Some(to) = self.blocks.get(target as usize).map(|b| b.entry) else { return };
+        self.point(edge, to, cells);
+    }
+
+    fn point(&mut self, edge: u32, host: u64, cells: &mut [u64; CELLS]) {
+        let Some(&Edge { block, kind, .. }) = self.edges.get(edge as usize) else { return };
         match kind {
             EdgeKind::Always => {}
             EdgeKind::Near(at) => {
                 let origin = self.blocks.get(block as usize).map_or(0, |b| b.entry);
-                self.memory.patch(origin + u64::from(at), stub);
+                self.memory.patch(origin + u64::from(at), host);
             }
             EdgeKind::Far(cell) => {
                 if let Some(slot) = cells.get_mut(cell as usize) {
-                    *slot = stub;
+                    *slot = host;
                 }
             }
         }
     }
 
-    /// Empties the cells of far edges: translations of guest addresses have changed, those of
-    /// global pages only if `all`.
-    pub fn unlink_far(&mut self, all: bool, cells: &mut [u64; CELLS]) {
-        let mut far = std::mem::take(&mut self.far);
-        far.retain(|&(edge, global)| {
-            if global && !all {
-                return true;
+    /// Hands out the links to pages that are not global, leaving `empty` to collect new ones.
+    pub fn take_local_links(&mut self, mut empty: Vec<FarLink>) -> Vec<FarLink> {
+        empty.clear();
+        std::mem::replace(&mut self.far_local, empty)
+    }
+
+    /// Undoes links.
+    pub fn unmake(&mut self, links: &[FarLink], cells: &mut [u64; CELLS]) {
+        for link in links {
+            self.unlink(link.edge, cells);
+        }
+    }
+
+    /// Undoes all links that depend on translations of other pages.
+    pub fn unmake_all(&mut self, cells: &mut [u64; CELLS]) {
+        let (global, local) = (&mut self.far_global, &mut self.far_local);
+        for links in [std::mem::take(global), std::mem::take(local)] {
+            self.unmake(&links, cells);
+        }
+    }
+
+    /// Makes links again that were handed out since the cache was last cleared, as far as both
+    /// their ends still live.
+    pub fn make_again(&mut self, mut links: Vec<FarLink>, cells: &mut [u64; CELLS]) {
+        links.retain(|&FarLink { edge, target }| {
+            let from = self.edges.get(edge as usize).map(|e| e.block);
+            let alive =
+                from.is_some_and(|b| self.alive(b).is_some()) && self.alive(target).is_some();
+            if alive {
+                self.lead(edge, target, cells);
             }
-            self.unlink(edge, cells);
-            false
+            alive
         });
-        self.far = far;
+        self.far_local = links;
+    }
+
+    /// A block that was not thrown away.
+    pub fn alive(&self, id: BlockId) -> Option<&Block> {
+        self.blocks.get(id as usize).filter(|b| b.alive)
     }
 
     /// Throws a block away; returns its guest address.
@@ -414,7 +472,8 @@ impl CodeCache {
         self.map.clear();
         self.pages.clear();
         self.misses.clear();
-        self.far.clear();
+        self.far_global.clear();
+        self.far_local.clear();
         self.unsure.clear();
         self.ungrouped.clear();
         self.worn_out = None;
@@ -453,32 +512,6 @@ impl Cpu {
             self.raw_flags = self.host_flags;
         }
         Some(position)
-    }
-
-    /// Empties the jump caches and far links.
-    pub fn flush_jump_caches(&mut self) {
-        self.cache.unlink_far(true, &mut self.cells);
-        for mmu in 0..MmuIndex::COUNT {
-            self.empty_jumps(mmu);
-        }
-    }
-
-    /// The same for what leads to pages that are not global.
-    pub fn flush_jumps_non_global(&mut self) {
-        self.cache.unlink_far(false, &mut self.cells);
-        for mmu in 0..MmuIndex::COUNT {
-            if self.jumps_volatile[mmu] {
-                self.empty_jumps(mmu);
-            }
-        }
-    }
-
-    /// Empties the jump cache of one MMU index.
-    pub fn empty_jumps(&mut self, mmu: usize) {
-        if let Some(cache) = self.jumps.get_mut(mmu) {
-            cache.pcs = EMPTY_JUMPS;
-            self.jumps_volatile[mmu] = false;
-        }
     }
 
     /// Throws all translations away.
@@ -530,9 +563,8 @@ impl Cpu {
     fn kill_all(&mut self, page: u64, blocks: &[BlockId]) -> bool {
         for &id in blocks {
             if let Some(pc) = self.cache.kill(id, &mut self.cells) {
-                let slot = jump_slot(pc);
                 for cache in &mut self.jumps {
-                    if cache.pcs[slot] == pc {
+                    while let Some(slot) = cache.find(pc) {
                         cache.pcs[slot] = EMPTY_JUMPS[slot];
                     }
                 }
@@ -544,13 +576,6 @@ impl Cpu {
         !blocks.is_empty()
     }
 }
-
-/// Guest addresses that belong to other slots than their own.
-const EMPTY_JUMPS: [u64; JUMP_CACHE_ENTRIES] = {
-    let mut pcs = [0; JUMP_CACHE_ENTRIES];
-    pcs[0] = 1;
-    pcs
-};
 
 /// A multiplicative hasher for small fixed keys, whose values no adversary gains from choosing:
 /// a guest can at worst slow its own translator down.

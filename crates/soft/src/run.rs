@@ -2,7 +2,7 @@
 //! when translated code returns.
 #![allow(unsafe_code)]
 use crate::cache::BlockId;
-use crate::cpu::{Cpu, IoPointer, jump_slot};
+use crate::cpu::{Cpu, IoPointer};
 use crate::events;
 use crate::exception::Exception;
 use crate::fpu;
@@ -83,6 +83,8 @@ pub fn run(cpu: &mut Cpu, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
     fpu::x87_from_area(cpu);
     cpu.update_mode();
     cpu.timer_changed();
+    cpu.poll.store(&raw const POLL_QUIET as u64, Ordering::SeqCst);
+    cpu.outstanding = true;
     let result = cycle(cpu);
     fpu::x87_to_area(cpu);
     fpu::reset_host_x87();
@@ -108,11 +110,17 @@ fn cycle(cpu: &mut Cpu) -> Result<Halt, EngineError> {
             cpu.wait();
             continue;
         }
-        if events::take_event(cpu) {
-            continue;
+        if cpu.outstanding {
+            if events::take_event(cpu) {
+                continue;
+            }
+            cpu.outstanding = events::outstanding(cpu);
         }
         if cpu.mode.step() || cpu.mode.shadow() {
-            single(cpu)?;
+            cpu.single = true;
+            let done = single(cpu);
+            cpu.single = false;
+            done?;
         } else {
             stretch(cpu)?;
         }
@@ -173,22 +181,42 @@ fn entry(cpu: &mut Cpu) -> Option<u64> {
         return plain_entry(cpu);
     }
     let mmu = cpu.mode.mmu() as usize;
-    let slot = jump_slot(cpu.rip);
     cpu.match_jump_mode(mmu);
-    if cpu.jumps[mmu].pcs[slot] == cpu.rip {
+    if let Some(slot) = cpu.jumps[mmu].find(cpu.rip) {
         return Some(cpu.jumps[mmu].hosts[slot]);
     }
     let block = find(cpu)?;
     let host = cpu.cache.block(block)?.saved_entry;
+    cpu.jump_misses = cpu.jump_misses.wrapping_add(1);
+    let slot = cpu.jumps[mmu].place(cpu.rip, cpu.jump_misses);
     if !cpu.lasting(block) {
-        cpu.jumps_volatile[mmu] = true;
+        cpu.note_local_jump(mmu, slot, block);
     }
     cpu.jumps[mmu].pcs[slot] = cpu.rip;
     cpu.jumps[mmu].hosts[slot] = host;
     Some(host)
 }
 
-/// The same for a translation without groups of accesses, to get over one that failed.
+/// Where translated code can go on at `rip` without a look around in the run loop: the host
+/// address, guest flags being put into `raw_flags`; 0 if it cannot.
+pub fn resume(cpu: &mut Cpu) -> u64 {
+    let quiet = !(cpu.outstanding || cpu.single || cpu.plain || cpu.triple_fault)
+        && cpu.poll.load(Ordering::Relaxed) != POLL_ATTRACT
+        && cpu.lapic.mp == MpState::Running;
+    let mode = cpu.mode;
+    if !quiet || mode.step() || mode.shadow() || !mode.is_64() {
+        return 0;
+    }
+    let mmu = mode.mmu() as usize;
+    if cpu.jump_modes[mmu] != mode || cpu.jump_base != 0 {
+        return 0;
+    }
+    let Some(slot) = cpu.jumps[mmu].find(cpu.rip) else { return 0 };
+    cpu.pack_flags();
+    cpu.jumps[mmu].hosts[slot]
+}
+
+/// As `entry`, for a translation without groups of accesses, to get over one that failed.
 fn plain_entry(cpu: &mut Cpu) -> Option<u64> {
     cpu.drop_worn_out();
     let mode = cpu.mode;
@@ -340,12 +368,20 @@ impl Cpu {
 
     /// Whether a block that was just found at `rip` lies in global pages only.
     fn lasting(&self, block: BlockId) -> bool {
-        self.fetched_from_global(self.rip)
-            && self.cache.block(block).is_some_and(|b| b.second_page.is_none())
+        let crosses = self.cache.block(block).is_none_or(|b| b.second_page.is_some());
+        let linear = match self.mode.is_64() {
+            true => self.rip,
+            false => self.segment(SegmentName::Cs).base.wrapping_add(self.rip) & 0xffff_ffff,
+        };
+        self.fetched_from_global(linear)
+            && (!crosses || self.fetched_from_global((linear | 0xfff).wrapping_add(1)))
     }
 
     /// Looks at what other threads posted; says whether to return to the machine.
     fn attend(&mut self) -> bool {
+        if self.poll.load(Ordering::Relaxed) != POLL_ATTRACT && !self.wanted() {
+            return false;
+        }
         self.poll.store(&raw const POLL_QUIET as u64, Ordering::SeqCst);
         let vm = self.vm.clone();
         let Some(mailbox) = vm.mailboxes.get(self.index as usize) else { return true };
@@ -353,6 +389,7 @@ impl Cpu {
         if bits == 0 {
             return false;
         }
+        self.outstanding = true;
         mailbox
             .pending
             .fetch_and(!(pending::KICK | pending::CODE | pending::GUARD), Ordering::SeqCst);
@@ -408,12 +445,17 @@ impl Cpu {
     /// A serializing instruction: pages that others may have written unnoticed are compared now,
     /// as cross-modifying code relies on (Intel SDM 3A 8.1.3).
     pub fn serialize(&mut self) {
-        let vm = self.vm.clone();
-        if let Some(mailbox) = vm.mailboxes.get(self.index as usize)
-            && mailbox.pending.load(Ordering::SeqCst) & pending::CODE != 0
-        {
-            mailbox.pending.fetch_and(!pending::CODE, Ordering::SeqCst);
-            self.hear_of_writes(mailbox);
+        if self.wanted() {
+            let vm = self.vm.clone();
+            if let Some(mailbox) = vm.mailboxes.get(self.index as usize)
+                && mailbox.pending.load(Ordering::SeqCst) & pending::CODE != 0
+            {
+                mailbox.pending.fetch_and(!pending::CODE, Ordering::SeqCst);
+                self.hear_of_writes(mailbox);
+            }
+        }
+        if self.cache.unsure.is_empty() {
+            return;
         }
         for (page, _) in self.cache.unsure.clone() {
             self.verify_code(page);
@@ -424,6 +466,7 @@ impl Cpu {
     fn wait(&mut self) {
         if self.lapic.mp == MpState::Halted && events::can_wake(self) {
             self.lapic.mp = MpState::Running;
+            self.outstanding = true;
             return;
         }
         let now = Instant::now();

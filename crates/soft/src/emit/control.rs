@@ -208,7 +208,7 @@ impl Emitter<'_> {
     /// Jumps to the guest address in RDI through the jump cache (`cpu::jump_slot`).
     fn go_indirect(&mut self) {
         if !self.context.linkable {
-            self.asm.call_mem(layout::thunk(index::LEAVE_INDIRECT));
+            self.asm.call_mem(layout::thunk(index::LEAVE_TRANSFER));
             return;
         }
         let mmu = self.context.mode.mmu() as usize;

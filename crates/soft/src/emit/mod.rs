@@ -9,15 +9,16 @@ pub mod layout;
 pub mod memory;
 pub mod native;
 pub mod stack;
+pub mod system;
 
-use crate::helpers::AccessInfo;
+use crate::helpers::{AccessInfo, Helped};
 use crate::mode::Mode;
 use crate::thunks::index;
 use crate::translate::classify::Operands;
 use crate::translate::flags::{self, Effect, Flags};
 use crate::translate::groups::{Group, Member};
 use asm::{Asm, Fixup, Mem, Reg, Width, cc};
-use iced_x86::{Encoder, FlowControl, Instruction};
+use iced_x86::{Encoder, FlowControl, Instruction, Mnemonic};
 use layout::{ADDRESS, RAW_FLAGS, SCRATCH};
 
 /// Where the guest's arithmetic flags are at a point of the host code.
@@ -74,6 +75,7 @@ enum Cold {
     Group { miss: Fixup, table: i32, info: AccessInfo, back: usize, position: usize },
     Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn, position: usize },
     Indirect { miss: Fixup, position: usize },
+    Helper { fixups: [Option<Fixup>; 2], helped: *const Helped, back: usize, position: usize },
 }
 
 /// What the emitter needs to know of its surroundings.
@@ -260,7 +262,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// An instruction executed by Rust code.
-    pub fn helper(&mut self, insn: *const Instruction) {
+    pub fn helper(&mut self, insn: *const Helped) {
         if self.flags == FlagsIn::Host {
             self.asm.save_flags(RAW_FLAGS);
             self.flags = FlagsIn::Saved;
@@ -279,8 +281,14 @@ impl<'a> Emitter<'a> {
         self.asm.raw(&[0x0f, 0x0b]);
     }
 
-    /// RDTSC (Intel SDM 2B), with the guest's offset; leaves flags alone where the host has BMI2.
-    pub fn read_tsc(&mut self) {
+    /// RDTSC and RDTSCP (Intel SDM 2B), with the guest's offset; leaves flags alone where the host
+    /// has BMI2.
+    pub fn read_tsc(&mut self, insn: &Instruction) {
+        let numbered = insn.mnemonic() == Mnemonic::Rdtscp;
+        if numbered {
+            // All loads before it are done, as RDTSCP has it.
+            self.asm.raw(&[0x0f, 0xae, 0xe8]); // lfence
+        }
         if !self.context.bmi2 {
             self.free_flags(self.live_before);
         }
@@ -299,6 +307,9 @@ impl<'a> Emitter<'a> {
             self.asm.mov(Width::W32, Reg::RDX, Reg::RDX);
         } else {
             self.asm.shift_imm(Width::W64, 5, Reg::RDX, 32);
+        }
+        if numbered {
+            self.asm.load(Width::W32, Reg::RCX, layout::TSC_AUX);
         }
     }
 
@@ -334,6 +345,10 @@ impl<'a> Emitter<'a> {
             Cold::Edge { fixup, edge, flags, position } => {
                 self.resume_position(position);
                 self.place_edge(fixup, edge, flags);
+            }
+            Cold::Helper { fixups, helped, back, position } => {
+                self.resume_position(position);
+                self.place_helper(fixups, helped, back);
             }
             Cold::Indirect { miss, position } => {
                 self.resume_position(position);

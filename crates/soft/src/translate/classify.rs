@@ -48,8 +48,13 @@ pub enum Class {
     CallIndirect,
     /// Near RET.
     Return,
-    /// RDTSC where the mode allows it at all levels.
+    /// RDTSC and RDTSCP where the mode allows them at all levels.
     ReadTsc,
+    /// What privileged 64-bit code does all the time: see `emit::system`. Only
+    /// `translate::fetch` gives this class, which depends on the mode.
+    System,
+    /// The same for what changes the mode, and so ends the block.
+    SystemEnd,
     /// A Rust helper; the block goes on after it.
     Helper,
     /// A Rust helper after which the block ends.
@@ -77,7 +82,7 @@ pub fn classify(insn: &Instruction) -> Class {
 
 fn decode(value: u8) -> Option<Class> {
     use Class::*;
-    const ALL: [Class; 21] = [
+    const ALL: [Class; 23] = [
         Native,
         NativeVector,
         Nothing,
@@ -96,6 +101,8 @@ fn decode(value: u8) -> Option<Class> {
         CallIndirect,
         Return,
         ReadTsc,
+        System,
+        SystemEnd,
         Helper,
         HelperEnd,
         Invalid,
@@ -132,7 +139,7 @@ fn compute(insn: &Instruction, memory: bool) -> Class {
         }
         M::Mov if is_offset_move(insn) => Class::MovOffset,
         M::Mov if (0..2).any(|i| is_special_register(insn, i)) => Class::HelperEnd,
-        M::Rdtsc => Class::ReadTsc,
+        M::Rdtsc | M::Rdtscp => Class::ReadTsc,
         _ if ends_block(insn.mnemonic()) => Class::HelperEnd,
         _ if needs_helper(insn, memory) => Class::Helper,
         _ if uses_vectors(insn) => Class::NativeVector,

@@ -10,7 +10,7 @@ use crate::exception::Exception;
 use crate::mode::Mode;
 use crate::ram::Ram;
 use arch::SegmentName;
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, Register};
 
 /// Instructions in a block at most.
 const MAX_STEPS: usize = 48;
@@ -140,6 +140,7 @@ impl Cpu {
                 break;
             }
         }
+        settle_shadow(&mut steps);
         Ok((steps, len))
     }
 
@@ -176,7 +177,9 @@ impl Cpu {
         let falls =
             last.is_none_or(|s| !matches!(s.class, Class::Jump | Class::Call)) || direct.is_none();
         let next_live = if falls { live(next_pc) } else { 0 };
-        let next = successor(next_pc, next_live, near(next_pc));
+        // Where the page ends within the next instruction, what follows depends on two pages.
+        let cut = steps.len() < MAX_STEPS && last.is_some_and(|s| !ends(s.class));
+        let next = successor(next_pc, next_live, near(next_pc) && !cut);
         let mut flow = live_out(last.as_ref(), &next, target.as_ref(), key.mode);
         for step in steps.iter_mut().rev() {
             step.live_after = flow;
@@ -219,15 +222,33 @@ fn step(insn: Instruction, class: Class) -> Step {
 
 /// The class of an instruction, given the mode.
 fn refine(insn: &Instruction, mode: Mode) -> Class {
-    match (classify(insn), insn.code()) {
-        (_, Code::Cld) if !mode.down() => Class::Nothing,
-        (_, Code::Std) if mode.down() => Class::Nothing,
-        (class, _) => class,
+    let class = classify(insn);
+    // Where each instruction is a block, helpers do.
+    let system = mode.is_64() && mode.cpl() == 0 && !mode.step() && !mode.shadow();
+    match insn.code() {
+        Code::Cld if !mode.down() => Class::Nothing,
+        Code::Std if mode.down() => Class::Nothing,
+        Code::Swapgs | Code::Cli | Code::Sti | Code::Pushfq if system => Class::System,
+        Code::Mov_r64_cr if system && insn.op1_register() == Register::CR2 => Class::System,
+        Code::Stac | Code::Clac if system && mode.smap() => Class::SystemEnd,
+        _ => class,
     }
 }
 
 fn ends(class: Class) -> bool {
-    super::is_transfer(class) || matches!(class, Class::HelperEnd | Class::Invalid)
+    super::is_transfer(class)
+        || matches!(class, Class::HelperEnd | Class::SystemEnd | Class::Invalid)
+}
+
+/// STI holds interrupts off until after the next instruction. Translated code does that by not
+/// looking for them in between, where the next instruction is in the same block; elsewhere the
+/// run loop sees to it.
+fn settle_shadow(steps: &mut [Step]) {
+    if let Some(last) = steps.last_mut()
+        && super::is_inline(last, Mnemonic::Sti)
+    {
+        *last = step(last.insn, Class::HelperEnd);
+    }
 }
 
 fn live_out(

@@ -13,6 +13,7 @@ use crate::cpu::Cpu;
 use crate::emit::control::Successor;
 use crate::emit::{Context, Emitter, stack};
 use crate::exception::Exception;
+use crate::helpers::Helped;
 use crate::mode::Mode;
 use crate::ram::Ram;
 use crate::vm::pending;
@@ -21,7 +22,7 @@ use classify::{Class, Operands};
 use fetch::Run;
 use flags::{ALL, Effect, Flags};
 use groups::Member;
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 use std::sync::atomic::Ordering;
 
 /// A decoded guest instruction and what is to be done with it.
@@ -165,11 +166,14 @@ impl Cpu {
         sources
     }
 
-    fn emit(&mut self, key: Key, run: &Run) -> (crate::emit::Emitted, Box<[Instruction]>) {
+    fn emit(&mut self, key: Key, run: &Run) -> (crate::emit::Emitted, Box<[Helped]>) {
         let steps = &run.steps;
         let mode = key.mode;
-        let helped: Box<[Instruction]> =
-            steps.iter().filter(|s| self.is_helped(s, mode)).map(|s| s.insn).collect();
+        let helped: Box<[Helped]> = steps
+            .iter()
+            .filter(|s| may_need_help(s) || self.is_helped(s, mode))
+            .map(|s| Helped::new(s.insn))
+            .collect();
         let (first_edge, first_cell) = self.cache.next_numbers();
         let context = Context {
             mode,
@@ -197,6 +201,12 @@ impl Cpu {
             if self.is_helped(step, mode) {
                 if let Some(insn) = next_helped.next() {
                     emitter.helper(insn);
+                }
+                continue;
+            }
+            if may_need_help(step) {
+                if let Some(help) = next_helped.next() {
+                    emitter.system_with_help(&step.insn, help);
                 }
                 continue;
             }
@@ -230,6 +240,16 @@ pub fn helped(class: Class, insn: &Instruction, mode: Mode) -> bool {
         Class::Native | Class::NativeVector => crate::fpu::fpu_allowed(mode, insn).is_err(),
         _ => false,
     }
+}
+
+/// Whether translated code handles this instruction itself, being that of a system.
+fn is_inline(step: &Step, mnemonic: Mnemonic) -> bool {
+    matches!(step.class, Class::System | Class::SystemEnd) && step.insn.mnemonic() == mnemonic
+}
+
+/// Whether translated code handles the instruction itself but for rare cases, which a helper does.
+fn may_need_help(step: &Step) -> bool {
+    [Mnemonic::Sti, Mnemonic::Stac, Mnemonic::Clac].iter().any(|&m| is_inline(step, m))
 }
 
 fn is_transfer(class: Class) -> bool {
@@ -272,7 +292,7 @@ fn emit_simple(emitter: &mut Emitter<'_>, step: &Step, run: &Run) {
         Class::PushMemory => emitter.push_memory(insn),
         Class::Pop => emitter.pop(insn),
         Class::Leave => emitter.leave(insn),
-        Class::ReadTsc => emitter.read_tsc(),
+        Class::ReadTsc => emitter.read_tsc(insn),
         Class::Jump => emitter.go(taken),
         Class::Branch => emitter.branch(insn, taken, run.next),
         Class::LoopBranch => emitter.loop_branch(insn, taken, run.next),
@@ -280,6 +300,7 @@ fn emit_simple(emitter: &mut Emitter<'_>, step: &Step, run: &Run) {
         Class::JumpIndirect => emitter.jump_indirect(insn),
         Class::CallIndirect => emitter.call_indirect(insn),
         Class::Return => emitter.ret(insn),
+        Class::System | Class::SystemEnd => emitter.system(insn),
         _ => {}
     }
 }
