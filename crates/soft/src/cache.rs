@@ -1,16 +1,17 @@
 //! Translated blocks of one vCPU: finding them, linking them to each other, and throwing them
 //! away when the guest changes the code they were made from.
 use crate::codemem::CodeMemory;
-use crate::cpu::{CELLS, Cpu, EMPTY_JUMPS};
-use crate::emit::{EdgeKind, Emitted, FlagsIn, Position};
+use crate::cpu::CELLS;
+use crate::emit::{EdgeKind, Emitted, Position};
 use crate::helpers::Helped;
 use crate::mode::Mode;
+use crate::rewritten::{Check, Rewritten};
+use crate::translate::Desk;
 use crate::translate::flags::Flags;
-use crate::vm::{Written, pending};
 use engine::EngineError;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::atomic::Ordering;
+use std::ops::Range;
 
 /// Index of a block in [`CodeCache::blocks`].
 pub type BlockId = u32;
@@ -49,16 +50,27 @@ pub struct Block {
     live_in: Flags,
     /// Bytes of host code from `entry` on.
     code_len: u32,
-    positions: Box<[Position]>,
+    /// Where its positions and sources are in the cache's lists.
+    positions: Range<u32>,
+    sources: Range<u32>,
     /// Instructions that helpers execute; translated code holds pointers to them.
     _instructions: Box<[Helped]>,
-    sources: Vec<Source>,
     /// Digest of the guest bytes in `sources`.
     digest: u64,
-    incoming: Vec<u32>,
+    /// What the block compares itself, if it is a version of rewritten code.
+    checks: Option<Box<[Check]>>,
+    /// First of the edges linked to it, [`NONE`] if there is none.
+    incoming: u32,
     /// How often a group of accesses could not be served.
     splits: u32,
     alive: bool,
+}
+
+impl Block {
+    /// What the block compares on entry, if it was made from rewritten code.
+    pub fn checks(&self) -> Option<&[Check]> {
+        self.checks.as_deref()
+    }
 }
 
 /// A block whose groups fail so often is translated anew without them.
@@ -72,8 +84,10 @@ struct Edge {
     kind: EdgeKind,
     stub: u64,
     live: Flags,
-    /// The block in whose `incoming` it is.
-    linked: Option<BlockId>,
+    /// The block it is linked to, and its neighbours in that block's list; [`NONE`] for none.
+    to: BlockId,
+    next: u32,
+    previous: u32,
 }
 
 /// A link that depends on the translation of another page than that of its origin.
@@ -83,12 +97,15 @@ pub struct FarLink {
     target: BlockId,
 }
 
+/// No block, or no edge.
+const NONE: u32 = u32::MAX;
+
 #[derive(Default)]
 struct PageCode {
     blocks: Vec<BlockId>,
     /// One bit for each 64 bytes that hold code or were looked at.
     lines: u64,
-    /// Writes that hit code since the page was first translated.
+    /// Writes that hit code since something was last translated here.
     hits: u32,
 }
 
@@ -105,24 +122,26 @@ struct Misses {
 /// a former user left; doubled each time that this proves wrong.
 const DATA_BY_NOW: u32 = 64;
 
-/// After so many hits the whole page is taken to be rewritten: all its translations go, and
-/// writes to it are fast again.
+/// After so many hits at one go the whole page is taken to be filled with other code: all its
+/// translations go, and writes to it are fast again.
 const REWRITTEN: u32 = 4;
 
 /// What the translator hands over.
-pub struct NewBlock {
+pub struct NewBlock<'a> {
     /// Key.
     pub key: Key,
     /// See [`Block::second_page`].
     pub second_page: Option<u64>,
     /// Code.
-    pub emitted: Emitted,
+    pub emitted: &'a Emitted,
     /// Instructions that helpers execute.
     pub instructions: Box<[Helped]>,
     /// Where the code came from.
-    pub sources: Vec<Source>,
+    pub sources: &'a [Source],
     /// Digest of those bytes.
     pub digest: u64,
+    /// What the block compares itself; empty for others.
+    pub checks: Vec<Check>,
 }
 
 /// The code cache of one vCPU.
@@ -130,10 +149,14 @@ pub struct CodeCache {
     memory: CodeMemory,
     blocks: Vec<Block>,
     edges: Vec<Edge>,
+    positions: Vec<Position>,
+    sources: Vec<Source>,
     cells: u32,
     map: HashMap<Key, BlockId, BuildHasherDefault<Mix>>,
     pages: HashMap<u64, PageCode, BuildHasherDefault<Mix>>,
     misses: HashMap<u64, Misses, BuildHasherDefault<Mix>>,
+    /// Pages that are no longer watched.
+    pub rewritten: Rewritten,
     /// Links that are made and depend on translations of global pages.
     far_global: Vec<FarLink>,
     /// Those that depend on others, of the present address space.
@@ -143,11 +166,13 @@ pub struct CodeCache {
     /// Blocks whose groups cross pages again and again: they do without.
     ungrouped: HashSet<Key, BuildHasherDefault<Mix>>,
     /// A block to be thrown away before the next one is entered.
-    worn_out: Option<BlockId>,
+    pub worn_out: Option<BlockId>,
     /// How often everything was thrown away: numbers of blocks and edges are void after it.
     pub flushes: u64,
     /// Pages that other vCPUs may still write to unnoticed, with the number of answers due.
     pub unsure: Vec<(u64, u32)>,
+    /// What the translator needs for the next block.
+    pub desk: Option<Box<Desk>>,
 }
 
 impl CodeCache {
@@ -160,10 +185,13 @@ impl CodeCache {
             memory: CodeMemory::new(size)?,
             blocks: Vec::new(),
             edges: Vec::new(),
+            positions: Vec::new(),
+            sources: Vec::new(),
             cells: 0,
             map: HashMap::default(),
             pages: HashMap::default(),
             misses: HashMap::default(),
+            rewritten: Rewritten::default(),
             far_global: Vec::new(),
             far_local: Vec::new(),
             touched: false,
@@ -171,6 +199,7 @@ impl CodeCache {
             worn_out: None,
             flushes: 0,
             unsure: Vec::new(),
+            desk: None,
         })
     }
 
@@ -182,6 +211,11 @@ impl CodeCache {
     /// Looks a block up.
     pub fn find(&self, key: &Key) -> Option<BlockId> {
         self.map.get(key).copied()
+    }
+
+    /// The flags that the block under `key` wants in their place; none if there is no block.
+    pub fn live_in(&self, key: &Key) -> Flags {
+        self.find(key).and_then(|id| self.block(id)).map_or(0, |b| b.live_in)
     }
 
     /// A block.
@@ -196,14 +230,14 @@ impl CodeCache {
 
     /// Takes a block over, or returns `None` when the cache is full and must be cleared first.
     /// `cells` is the vCPU's array of link cells.
-    pub fn add(&mut self, new: NewBlock, cells: &mut [u64; CELLS]) -> Option<BlockId> {
-        let NewBlock { key, second_page, emitted, instructions, sources, digest } = new;
+    pub fn add(&mut self, new: NewBlock<'_>, cells: &mut [u64; CELLS]) -> Option<BlockId> {
+        let NewBlock { key, second_page, emitted, instructions, sources, digest, checks } = new;
         if self.cells as usize + emitted.cells as usize >= CELLS {
             return None;
         }
-        let entry = self.memory.install(&emitted.code)?;
+        let entry = self.memory.install(emitted.code())?;
         let id = self.blocks.len() as BlockId;
-        for spec in &emitted.edges {
+        for spec in emitted.edges() {
             let stub = entry + u64::from(spec.stub);
             if let EdgeKind::Far(cell) = spec.kind
                 && let Some(slot) = cells.get_mut(cell as usize)
@@ -216,16 +250,24 @@ impl CodeCache {
                 kind: spec.kind,
                 stub,
                 live: spec.live,
-                linked: None,
+                to: NONE,
+                next: NONE,
+                previous: NONE,
             });
         }
         self.cells += emitted.cells;
-        for source in &sources {
+        for source in sources {
             let page = self.pages.entry(source.start & !0xfff).or_default();
             page.lines |= line_mask(source.start, usize::from(source.len));
+            page.hits = 0;
             if page.blocks.last() != Some(&id) {
                 page.blocks.push(id);
             }
+        }
+        let checks = (!checks.is_empty()).then(|| checks.into_boxed_slice());
+        match &checks {
+            Some(checks) => self.rewritten.add(key, id, checks),
+            None => self.rewritten.note_translation(key.physical & !0xfff),
         }
         self.blocks.push(Block {
             key,
@@ -233,12 +275,13 @@ impl CodeCache {
             entry,
             saved_entry: entry + u64::from(emitted.saved_entry),
             live_in: emitted.live_in,
-            code_len: emitted.code.len() as u32,
-            positions: emitted.positions.into_boxed_slice(),
+            code_len: emitted.code().len() as u32,
+            positions: append(&mut self.positions, emitted.positions()),
             _instructions: instructions,
-            sources,
+            sources: append(&mut self.sources, sources),
             digest,
-            incoming: Vec::new(),
+            checks,
+            incoming: NONE,
             splits: 0,
             alive: true,
         });
@@ -270,44 +313,62 @@ impl CodeCache {
         }
         let Some(to) = self.blocks.get(target as usize) else { return };
         // An instruction that crosses a page depends on the translation of the next one too.
-        let near = matches!(kind, EdgeKind::Near(_)) && to.second_page.is_none();
-        if kind == EdgeKind::Always {
-            return;
+        let crosses = to.second_page.is_some();
+        match kind {
+            EdgeKind::Always => return,
+            // Versions are tried in one order, so that the search ends.
+            EdgeKind::Stale(_) if target <= block || crosses => return,
+            _ => {}
         }
         self.lead(edge, target, cells);
-        if !near {
+        if crosses || matches!(kind, EdgeKind::Far(_)) {
             let links = if global { &mut self.far_global } else { &mut self.far_local };
             links.push(FarLink { edge, target });
         }
-        let Some(to) = self.blocks.get_mut(target as usize) else { return };
-        if let Some(from) = self.edges.get_mut(edge as usize)
-            && from.linked.replace(target) != Some(target)
-        {
-            if to.incoming.len() == to.incoming.capacity() {
-                to.incoming.sort_unstable();
-                to.incoming.dedup();
-            }
-            to.incoming.push(edge);
+    }
+
+    /// Takes an edge out of the list of the block it is linked to.
+    fn detach(&mut self, edge: u32) {
+        let Some(e) = self.edges.get_mut(edge as usize) else { return };
+        let (to, next, previous) = (e.to, e.next, e.previous);
+        (e.to, e.next, e.previous) = (NONE, NONE, NONE);
+        if let Some(e) = self.edges.get_mut(next as usize) {
+            e.previous = previous;
+        }
+        if let Some(e) = self.edges.get_mut(previous as usize) {
+            e.next = next;
+        } else if let Some(block) = self.blocks.get_mut(to as usize) {
+            block.incoming = next;
         }
     }
 
     /// Makes an edge leave to the run loop.
     fn unlink(&mut self, edge: u32, cells: &mut [u64; CELLS]) {
         let Some(&Edge { stub, .. }) = self.edges.get(edge as usize) else { return };
+        self.detach(edge);
         self.point(edge, stub, cells);
     }
 
     /// Makes an edge lead to a block.
     fn lead(&mut self, edge: u32, target: BlockId, cells: &mut [u64; CELLS]) {
-        let Some(to) = self.blocks.get(target as usize).map(|b| b.entry) else { return };
-        self.point(edge, to, cells);
+        self.detach(edge);
+        let Some(to) = self.blocks.get_mut(target as usize) else { return };
+        let entry = to.entry;
+        let first = std::mem::replace(&mut to.incoming, edge);
+        if let Some(e) = self.edges.get_mut(first as usize) {
+            e.previous = edge;
+        }
+        if let Some(e) = self.edges.get_mut(edge as usize) {
+            (e.to, e.next, e.previous) = (target, first, NONE);
+        }
+        self.point(edge, entry, cells);
     }
 
     fn point(&mut self, edge: u32, host: u64, cells: &mut [u64; CELLS]) {
         let Some(&Edge { block, kind, .. }) = self.edges.get(edge as usize) else { return };
         match kind {
             EdgeKind::Always => {}
-            EdgeKind::Near(at) => {
+            EdgeKind::Near(at) | EdgeKind::Stale(at) => {
                 let origin = self.blocks.get(block as usize).map_or(0, |b| b.entry);
                 self.memory.patch(origin + u64::from(at), host);
             }
@@ -361,30 +422,46 @@ impl CodeCache {
     }
 
     /// Throws a block away; returns its guest address.
-    fn kill(&mut self, id: BlockId, cells: &mut [u64; CELLS]) -> Option<u64> {
+    pub fn kill(&mut self, id: BlockId, cells: &mut [u64; CELLS]) -> Option<u64> {
         let block = self.blocks.get_mut(id as usize).filter(|b| b.alive)?;
         block.alive = false;
-        let (key, incoming) = (block.key, std::mem::take(&mut block.incoming));
+        let (key, checked) = (block.key, block.checks.is_some());
         if self.map.get(&key) == Some(&id) {
             self.map.remove(&key);
         }
-        for edge in incoming {
+        if checked {
+            self.forget_version(&key, id);
+        }
+        while let Some(edge) =
+            self.blocks.get(id as usize).map(|b| b.incoming).filter(|e| *e != NONE)
+        {
             self.unlink(edge, cells);
         }
         self.touched = true;
         Some(key.pc)
     }
 
+    /// Takes a version out of its block's list; another one takes its place in the map.
+    fn forget_version(&mut self, key: &Key, id: BlockId) {
+        self.rewritten.remove(key, id);
+        if let Some(&other) = self.rewritten.versions(key).last() {
+            self.map.insert(*key, other);
+        }
+    }
+
     /// The blocks to throw away because `len` bytes at guest-physical `start`, within one page,
     /// were written: those that depend on them, or all of a page that is no longer one of code.
     /// `None` where the write changes nothing.
-    fn affected(&mut self, start: u64, len: usize) -> Option<Vec<BlockId>> {
+    pub fn affected(&mut self, start: u64, len: usize) -> Option<Vec<BlockId>> {
         let number = start & !0xfff;
         let page = self.pages.get_mut(&number)?;
         let end = start + len as u64;
         let hit = |s: &Source| s.start < end && start < s.start + u64::from(s.len);
         let alive = |id: &&BlockId| self.blocks.get(**id as usize).is_some_and(|b| b.alive);
-        let touches = |id: &&BlockId| self.blocks[**id as usize].sources.iter().any(hit);
+        let touches = |id: &&BlockId| {
+            let block = self.blocks.get(**id as usize);
+            block.is_some_and(|b| slice(&self.sources, &b.sources).iter().any(hit))
+        };
         let mut affected = Vec::new();
         if page.lines & line_mask(start, len) != 0 {
             affected.extend(page.blocks.iter().filter(alive).filter(touches));
@@ -399,7 +476,8 @@ impl CodeCache {
             data
         } else {
             page.hits += 1;
-            page.hits >= REWRITTEN
+            let patched = page.hits == 1 && self.rewritten.note_patch(number);
+            patched || page.hits >= REWRITTEN
         };
         if rewritten {
             affected = page.blocks.iter().filter(alive).copied().collect();
@@ -408,23 +486,25 @@ impl CodeCache {
     }
 
     /// Blocks on a page whose guest bytes are no longer what they were.
-    fn changed(&self, page: u64, digest: impl Fn(&[Source]) -> u64) -> Vec<BlockId> {
+    pub fn changed(&self, page: u64, digest: impl Fn(&[Source]) -> u64) -> Vec<BlockId> {
         let Some(code) = self.pages.get(&page) else { return Vec::new() };
         let stale = |id: &&BlockId| {
             let block = self.blocks.get(**id as usize);
-            block.is_some_and(|b| b.alive && digest(&b.sources) != b.digest)
+            block.is_some_and(|b| b.alive && digest(slice(&self.sources, &b.sources)) != b.digest)
         };
         code.blocks.iter().filter(stale).copied().collect()
     }
 
     /// Drops dead blocks from a page's list; says whether none is left.
-    fn sweep(&mut self, page: u64) -> bool {
+    pub fn sweep(&mut self, page: u64) -> bool {
         let blocks = &self.blocks;
         let Some(code) = self.pages.get_mut(&page) else { return true };
         code.blocks.retain(|id| blocks.get(*id as usize).is_some_and(|b| b.alive));
         code.lines = 0;
         for id in &code.blocks {
-            for s in blocks[*id as usize].sources.iter().filter(|s| s.start & !0xfff == page) {
+            let Some(block) = blocks.get(*id as usize) else { continue };
+            let own = slice(&self.sources, &block.sources).iter();
+            for s in own.filter(|s| s.start & !0xfff == page) {
                 code.lines |= line_mask(s.start, usize::from(s.len));
             }
         }
@@ -436,11 +516,18 @@ impl CodeCache {
     }
 
     /// The block that holds host address `host`, and the offset in it.
-    fn containing(&self, host: u64) -> Option<(&Block, u32)> {
+    pub fn containing(&self, host: u64) -> Option<(&Block, u32)> {
         let after = self.blocks.partition_point(|b| b.entry <= host);
         let block = self.blocks.get(after.checked_sub(1)?)?;
         let offset = host - block.entry;
         (offset <= u64::from(block.code_len)).then_some((block, offset as u32))
+    }
+
+    /// What is known of the code from host offset `offset` of a block on.
+    pub fn position(&self, block: &Block, offset: u32) -> Option<Position> {
+        let positions = slice(&self.positions, &block.positions);
+        let end = positions.partition_point(|p| p.host <= offset);
+        positions.get(end.checked_sub(1)?).copied()
     }
 
     /// Counts a group that could not be served, in the block that holds host address `host`.
@@ -464,14 +551,18 @@ impl CodeCache {
         self.pages.keys().copied()
     }
 
-    fn clear(&mut self) {
+    /// Throws everything away.
+    pub fn clear(&mut self) {
         self.memory.clear();
         self.blocks.clear();
         self.edges.clear();
+        self.positions.clear();
+        self.sources.clear();
         self.cells = 0;
         self.map.clear();
         self.pages.clear();
         self.misses.clear();
+        self.rewritten = Rewritten::default();
         self.far_global.clear();
         self.far_local.clear();
         self.unsure.clear();
@@ -482,99 +573,21 @@ impl CodeCache {
     }
 }
 
+fn append<T: Copy>(list: &mut Vec<T>, new: &[T]) -> Range<u32> {
+    let start = list.len() as u32;
+    list.extend_from_slice(new);
+    start..list.len() as u32
+}
+
+fn slice<'a, T>(list: &'a [T], range: &Range<u32>) -> &'a [T] {
+    list.get(range.start as usize..range.end as usize).unwrap_or(&[])
+}
+
 /// A bit for each 64-byte line of the page that the range touches.
 fn line_mask(start: u64, len: usize) -> u64 {
     let first = (start & 0xfff) >> 6;
     let last = ((start & 0xfff) + len.max(1) as u64 - 1).min(4095) >> 6;
     (u64::MAX >> (63 - (last - first))) << first
-}
-
-impl Cpu {
-    /// Finds the guest instruction to which a host address in translated code belongs: sets `rip`
-    /// and `next_rip`, and says where its flags are. `host` is a return address or that of a
-    /// faulting instruction plus one.
-    pub fn locate(&mut self, host: u64) -> Option<Position> {
-        let (block, offset) = self.cache.containing(host.wrapping_sub(1))?;
-        let end = block.positions.partition_point(|p| p.host <= offset);
-        let position = *block.positions.get(end.checked_sub(1)?)?;
-        let pc = block.key.pc;
-        let mask = self.ip_mask();
-        self.rip = pc.wrapping_add(u64::from(position.guest)) & mask;
-        self.next_rip = self.rip.wrapping_add(u64::from(position.length)) & mask;
-        Some(position)
-    }
-
-    /// As `locate`, where the interrupted flags are in `host_flags` unless the position says that
-    /// they are in `raw_flags` already.
-    pub fn take_host_flags_at(&mut self, host: u64) -> Option<Position> {
-        let position = self.locate(host)?;
-        if position.flags == FlagsIn::Host {
-            self.raw_flags = self.host_flags;
-        }
-        Some(position)
-    }
-
-    /// Throws all translations away.
-    pub fn flush_code(&mut self) {
-        let vm = self.vm.clone();
-        vm.ram.forget_code(self.index, self.cache.code_pages());
-        self.flush_jump_caches();
-        self.cache.clear();
-    }
-
-    /// Bytes of RAM that may hold translated code were written: drops the translations, of all
-    /// vCPUs. Says whether this vCPU had any.
-    pub fn code_written(&mut self, physical: u64, len: usize) -> bool {
-        let vm = self.vm.clone();
-        let Some(page) = vm.ram.page(physical) else { return false };
-        let holders = page.code.load(Ordering::SeqCst);
-        for (n, mailbox) in vm.mailboxes.iter().enumerate() {
-            if n as u32 != self.index && holders >> n & 1 != 0 {
-                mailbox.lock_written().push(Written::Range(physical, len));
-                mailbox.post(pending::CODE);
-            }
-        }
-        self.drop_code(physical, len)
-    }
-
-    /// Drops this vCPU's translations of written bytes.
-    pub fn drop_code(&mut self, physical: u64, len: usize) -> bool {
-        match self.cache.affected(physical, len) {
-            Some(affected) => self.kill_all(physical & !0xfff, &affected),
-            None => false,
-        }
-    }
-
-    /// Compares a page's translations with its bytes as they are now, and drops those that differ.
-    pub fn verify_code(&mut self, page: u64) {
-        let vm = self.vm.clone();
-        let changed = self.cache.changed(page, |s| crate::translate::digest(&vm.ram, s));
-        self.kill_all(page, &changed);
-    }
-
-    /// Throws a block away that is to be translated differently.
-    pub fn drop_worn_out(&mut self) {
-        if let Some(id) = self.cache.worn_out.take() {
-            let page = self.cache.block(id).map_or(0, |b| b.key.physical & !0xfff);
-            self.kill_all(page, &[id]);
-        }
-    }
-
-    fn kill_all(&mut self, page: u64, blocks: &[BlockId]) -> bool {
-        for &id in blocks {
-            if let Some(pc) = self.cache.kill(id, &mut self.cells) {
-                for cache in &mut self.jumps {
-                    while let Some(slot) = cache.find(pc) {
-                        cache.pcs[slot] = EMPTY_JUMPS[slot];
-                    }
-                }
-            }
-        }
-        if self.cache.sweep(page) {
-            self.vm.clone().ram.forget_code(self.index, std::iter::once(page));
-        }
-        !blocks.is_empty()
-    }
 }
 
 /// A multiplicative hasher for small fixed keys, whose values no adversary gains from choosing:

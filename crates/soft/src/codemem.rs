@@ -10,6 +10,8 @@ pub struct CodeMemory {
     executable: NonNull<u8>,
     size: usize,
     used: usize,
+    /// Bytes from the start for which memory was taken.
+    populated: usize,
 }
 
 // SAFETY: the mappings belong to this value alone.
@@ -54,7 +56,7 @@ impl CodeMemory {
             libc::close(fd);
             match (NonNull::new(writable.cast()), NonNull::new(executable.cast())) {
                 (Some(writable), Some(executable)) if !failed => {
-                    Ok(Self { writable, executable, size, used: 0 })
+                    Ok(Self { writable, executable, size, used: 0, populated: 0 })
                 }
                 _ => Err(error),
             }
@@ -67,6 +69,7 @@ impl CodeMemory {
         if start + code.len() > self.size {
             return None;
         }
+        self.populate(start + code.len());
         // SAFETY: the range was just checked to lie in the writable mapping, and nothing runs
         // there yet.
         unsafe {
@@ -77,6 +80,22 @@ impl CodeMemory {
         self.used = start + code.len();
         self.unmap_written(before);
         Some(self.executable.as_ptr() as u64 + start as u64)
+    }
+
+    /// Takes memory for the next stretch of code at one go, so that not each page of it has to
+    /// be asked for by two page faults. Where the host does not know how, those will do.
+    fn populate(&mut self, end: usize) {
+        const CHUNK: usize = 128 << 10;
+        while self.populated < end {
+            let len = CHUNK.min(self.size - self.populated);
+            // SAFETY: inside the own mappings; only makes pages present.
+            unsafe {
+                let (writable, executable) = (self.writable.as_ptr(), self.executable.as_ptr());
+                libc::madvise(writable.add(self.populated).cast(), len, libc::MADV_POPULATE_WRITE);
+                libc::madvise(executable.add(self.populated).cast(), len, libc::MADV_POPULATE_READ);
+            }
+            self.populated += len;
+        }
     }
 
     /// Takes pages that are full out of the writable view, where they would count as memory of
@@ -120,11 +139,12 @@ impl CodeMemory {
         unsafe {
             libc::madvise(
                 self.writable.as_ptr().cast(),
-                self.used.next_multiple_of(4096),
+                self.populated.max(self.used.next_multiple_of(4096)),
                 libc::MADV_REMOVE,
             );
         }
         self.used = 0;
+        self.populated = 0;
     }
 }
 

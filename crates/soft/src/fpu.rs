@@ -108,6 +108,13 @@ pub fn fpu_allowed(mode: Mode, insn: &Instruction) -> Result<(), Exception> {
     }
 }
 
+/// Whether no mode bars the instruction: it uses no unit but the general one.
+pub fn is_general(insn: &Instruction) -> bool {
+    unit(insn) == Unit::General
+        && insn.encoding() != EncodingKind::VEX
+        && !crate::cpuid::hidden(insn)
+}
+
 /// A 512-byte or larger image, aligned for XSAVE.
 #[repr(C, align(64))]
 struct Image([u8; 1024]);

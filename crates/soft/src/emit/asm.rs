@@ -78,6 +78,7 @@ pub mod op {
     pub const MOV_LOAD: &[u8] = &[0x8b];
     pub const MOV_STORE: &[u8] = &[0x89];
     pub const LEA: &[u8] = &[0x8d];
+    pub const MOVSX8: &[u8] = &[0x0f, 0xbe];
     pub const MOVZX16: &[u8] = &[0x0f, 0xb7];
     pub const MOVSX16: &[u8] = &[0x0f, 0xbf];
     pub const MOVSXD: &[u8] = &[0x63];
@@ -216,6 +217,27 @@ impl Asm {
         let w = u8::from(width == Width::W64) << 7;
         let byte1 = (!dst.0 >> 3 & 1) << 7 | 1 << 6 | (!src.0 >> 3 & 1) << 5 | 3;
         self.raw(&[0xc4, byte1, w | 0x7b, 0xf0, 0xc0 | (dst.0 & 7) << 3 | src.0 & 7, count]);
+    }
+
+    /// Replaces code by instructions that do nothing.
+    pub fn erase(&mut self, range: std::ops::Range<usize>) {
+        // NOP of 1 to 8 bytes (Intel SDM 2B, NOP, table 4-12).
+        const NOPS: [&[u8]; 8] = [
+            &[0x90],
+            &[0x66, 0x90],
+            &[0x0f, 0x1f, 0x00],
+            &[0x0f, 0x1f, 0x40, 0x00],
+            &[0x0f, 0x1f, 0x44, 0x00, 0x00],
+            &[0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00],
+            &[0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00],
+            &[0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
+        ];
+        let Some(code) = self.bytes.get_mut(range) else { return };
+        for piece in code.chunks_mut(NOPS.len()) {
+            if let Some(nop) = NOPS.get(piece.len() - 1) {
+                piece.copy_from_slice(nop);
+            }
+        }
     }
 
     /// `jcc` forward.

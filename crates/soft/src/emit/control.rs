@@ -9,7 +9,7 @@ use crate::translate::flags::{ALL, Flags};
 use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 /// Where a block goes on, and which flags live there.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Successor {
     /// Guest address.
     pub pc: u64,
@@ -27,7 +27,7 @@ impl Emitter<'_> {
         }
     }
 
-    fn new_edge(&mut self, successor: Successor) -> usize {
+    pub(super) fn new_edge(&mut self, successor: Successor) -> usize {
         let kind = if !self.context.linkable {
             EdgeKind::Always
         } else if successor.near {
@@ -67,6 +67,7 @@ impl Emitter<'_> {
 
     /// Goes on at `successor`.
     pub fn go(&mut self, successor: Successor) {
+        self.settle_stack();
         self.flags_for_edge(successor.live);
         let edge = self.new_edge(successor);
         self.jump_edge(edge);
@@ -178,14 +179,19 @@ impl Emitter<'_> {
 
     /// Near indirect CALL.
     pub fn call_indirect(&mut self, insn: &Instruction) {
-        let size = insn.stack_pointer_increment().unsigned_abs();
         self.free_flags(ALL);
         self.indirect_target(insn);
+        self.push_return_address(insn);
+        self.go_indirect();
+    }
+
+    /// The push of a CALL to the address in RDI.
+    pub(super) fn push_return_address(&mut self, insn: &Instruction) {
+        let size = insn.stack_pointer_increment().unsigned_abs();
         self.asm.store(Width::W64, layout::spill(1), ADDRESS);
         self.push_value(Source::Constant(insn.next_ip()), size);
         self.holds = None;
         self.asm.load(Width::W64, ADDRESS, layout::spill(1));
-        self.go_indirect();
     }
 
     /// The operand of an indirect transfer to RDI, zero-extended.
@@ -206,7 +212,8 @@ impl Emitter<'_> {
     }
 
     /// Jumps to the guest address in RDI through the jump cache (`cpu::jump_slot`).
-    fn go_indirect(&mut self) {
+    pub(super) fn go_indirect(&mut self) {
+        self.settle_stack();
         if !self.context.linkable {
             self.asm.call_mem(layout::thunk(index::LEAVE_TRANSFER));
             return;

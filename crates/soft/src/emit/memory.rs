@@ -45,6 +45,12 @@ impl Emitter<'_> {
     /// Puts the offset (effective address) of the memory operand into RDI; clobbers RSI, but no
     /// flags.
     pub fn effective_address(&mut self, insn: &Instruction) {
+        self.address_before(insn, 0);
+    }
+
+    /// The address `distance` bytes before the memory operand, for operands relative to a base
+    /// register if that is not 0.
+    fn address_before(&mut self, insn: &Instruction, distance: i32) {
         self.holds = None;
         let displacement = insn.memory_displacement64();
         let base = insn.memory_base();
@@ -71,7 +77,7 @@ impl Emitter<'_> {
             return;
         }
         let base = (base != Register::None).then(|| self.address_register(base, ADDRESS));
-        let disp = displacement as i32;
+        let disp = (displacement as i32).wrapping_sub(distance);
         self.asm.lea(width, ADDRESS, Mem { base, index, disp });
         if mask16 {
             self.asm.rr(Width::W32, op::MOVZX16, ADDRESS, ADDRESS);
@@ -131,7 +137,7 @@ impl Emitter<'_> {
         if let Some(member) = self.operand_member {
             if member.first {
                 self.free_flags(self.live_before);
-                self.effective_address(insn);
+                self.address_before(insn, member.distance);
                 self.open_group(member, operand);
             }
             return self.join(member);
@@ -152,7 +158,7 @@ impl Emitter<'_> {
         if let Some(member) = self.stack_member {
             if member.first {
                 self.free_flags(self.live_before);
-                self.asm.lea(width, ADDRESS, Mem::at(base, offset));
+                self.asm.lea(width, ADDRESS, Mem::at(base, offset - member.distance));
                 self.open_group(member, operand);
             }
             return self.join(member);
@@ -164,13 +170,9 @@ impl Emitter<'_> {
         Place::Single(self.probe(operand, SegmentName::Ss))
     }
 
-    /// Probes for the whole group whose first member's address is in RDI.
+    /// Probes for the whole group whose lowest address is in RDI.
     fn open_group(&mut self, member: Member, operand: Operand) {
         let Some(group) = self.groups.get(member.group).copied() else { return };
-        if member.distance != 0 {
-            let width = if self.context.mode.is_64() { Width::W64 } else { Width::W32 };
-            self.asm.lea(width, ADDRESS, Mem::at(ADDRESS, -member.distance));
-        }
         let span = Operand { size: group.span(), reads: operand.reads, writes: group.write };
         let site = self.probe(span, SegmentName::Ds);
         self.cold.push(Cold::Group {
@@ -180,13 +182,20 @@ impl Emitter<'_> {
             back: site.back,
             position: site.position,
         });
+        let start = self.asm.here();
         self.asm.store(Width::W64, layout::group(member.group), ADDRESS);
+        if let Some(kept) = self.kept.get_mut(member.group) {
+            *kept = start..self.asm.here();
+        }
         self.holds = Some(member.group);
     }
 
     /// Makes RDI the address of the member's group.
     fn join(&mut self, member: Member) -> Place {
         if self.holds != Some(member.group) {
+            if let Some(kept) = self.kept.get_mut(member.group) {
+                *kept = 0..0;
+            }
             self.asm.load(Width::W64, ADDRESS, layout::group(member.group));
             self.holds = Some(member.group);
         }
@@ -274,8 +283,7 @@ impl Emitter<'_> {
         self.asm.rr(Width::W32, &[0x85], SCRATCH, SCRATCH);
         let plain = self.asm.jcc(cc::E);
         self.asm.bind_to(plain, back);
-        let copy = self.asm.bytes.get(back..after).map(<[u8]>::to_vec).unwrap_or_default();
-        self.asm.raw(&copy);
+        self.asm.bytes.extend_from_within(back..after);
         if let Some(end) = self.positions_until(after) {
             self.flags = end;
             self.mark();

@@ -1,25 +1,30 @@
 //! From decoded guest instructions to host code.
 //!
 //! [`Emitter`] holds the block under construction. `memory` makes addresses and probes, `native`
-//! re-encodes instructions, `stack` and `control` do PUSH to RET and everything that ends a block.
+//! re-encodes instructions, `stack` and `control` do PUSH to RET and everything that ends a block,
+//! `checked` does what blocks of rewritten code need, `strings` string instructions.
 //! Slow paths are collected as [`Cold`] stubs and placed after the block's straight code.
 pub mod asm;
+pub mod checked;
 pub mod control;
 pub mod layout;
 pub mod memory;
 pub mod native;
 pub mod stack;
+pub mod strings;
 pub mod system;
 
 use crate::helpers::{AccessInfo, Helped};
 use crate::mode::Mode;
+use crate::rewritten::Check;
 use crate::thunks::index;
 use crate::translate::classify::Operands;
 use crate::translate::flags::{self, Effect, Flags};
-use crate::translate::groups::{Group, Member};
+use crate::translate::groups::{Group, MAX_GROUPS, Member};
 use asm::{Asm, Fixup, Mem, Reg, Width, cc};
 use iced_x86::{Encoder, FlowControl, Instruction, Mnemonic};
 use layout::{ADDRESS, RAW_FLAGS, SCRATCH};
+use std::ops::Range;
 
 /// Where the guest's arithmetic flags are at a point of the host code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +55,8 @@ pub struct Position {
 pub enum EdgeKind {
     /// A jump whose displacement, at this offset, is patched.
     Near(u32),
+    /// The same, taken when the block's code has changed: leads to later versions only.
+    Stale(u32),
     /// A jump through this link cell, which is emptied when translations of addresses change.
     Far(u32),
     /// Never linked.
@@ -75,6 +82,8 @@ enum Cold {
     Group { miss: Fixup, table: i32, info: AccessInfo, back: usize, position: usize },
     Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn, position: usize },
     Indirect { miss: Fixup, position: usize },
+    Stale { stale: Vec<Fixup>, position: usize },
+    String { slow: Vec<Fixup>, helped: *const Helped, back: usize, position: usize },
     Helper { fixups: [Option<Fixup>; 2], helped: *const Helped, back: usize, position: usize },
 }
 
@@ -117,22 +126,39 @@ pub struct Emitter<'a> {
     /// Flags live before and after the present instruction.
     live_before: Flags,
     live_after: Flags,
-    groups: Vec<Group>,
+    groups: &'a [Group],
     /// Membership of the present instruction's operand and stack access.
     operand_member: Option<Member>,
     stack_member: Option<Member>,
     /// The group whose host address RDI holds.
     holds: Option<usize>,
+    /// For each group the store of its address, until something loads that.
+    kept: [Range<usize>; MAX_GROUPS],
+    /// By how much the guest's RSP is yet to be moved.
+    stack_moved: i32,
+    /// Where a block that checks its code is entered with flags in `raw_flags`.
+    checked_entry: Option<u32>,
+}
+
+/// The memory in which blocks are made, used again for each.
+pub struct Buffers {
+    code: Vec<u8>,
+    positions: Vec<Position>,
+    edges: Vec<EdgeSpec>,
+    cold: Vec<Cold>,
+    encoder: Encoder,
+}
+
+impl Default for Buffers {
+    fn default() -> Self {
+        let (code, positions, edges, cold) = Default::default();
+        Self { code, positions, edges, cold, encoder: Encoder::new(64) }
+    }
 }
 
 /// Finished code of a block.
 pub struct Emitted {
-    /// Host code, position-independent.
-    pub code: Vec<u8>,
-    /// Map from host to guest, ascending.
-    pub positions: Vec<Position>,
-    /// Direct exits.
-    pub edges: Vec<EdgeSpec>,
+    buffers: Buffers,
     /// Offset of the entry for callers with flags in `raw_flags`.
     pub saved_entry: u32,
     /// Link cells used.
@@ -141,25 +167,53 @@ pub struct Emitted {
     pub live_in: Flags,
 }
 
+impl Emitted {
+    /// Host code, position-independent.
+    pub fn code(&self) -> &[u8] {
+        &self.buffers.code
+    }
+
+    /// Map from host to guest, ascending.
+    pub fn positions(&self) -> &[Position] {
+        &self.buffers.positions
+    }
+
+    /// Direct exits.
+    pub fn edges(&self) -> &[EdgeSpec] {
+        &self.buffers.edges
+    }
+
+    /// The memory, for the next block.
+    pub fn into_buffers(self) -> Buffers {
+        self.buffers
+    }
+}
+
 impl<'a> Emitter<'a> {
-    /// Starts a block into which `live_in` flags flow.
+    /// Starts a block into which `live_in` flags flow, and which polls and makes `checks` first.
     pub fn new(
         context: Context,
         operands: &'a mut Operands,
-        groups: Vec<Group>,
-        live_in: Flags,
-        poll: bool,
+        groups: &'a [Group],
+        buffers: Buffers,
+        (live_in, poll): (Flags, bool),
+        checks: &[Check],
     ) -> Self {
         let live_in = if context.precise { flags::ALL } else { live_in };
+        let Buffers { mut code, mut positions, mut edges, mut cold, encoder } = buffers;
+        code.clear();
+        positions.clear();
+        edges.clear();
+        cold.clear();
         let mut emitter = Self {
-            asm: Asm::default(),
+            asm: Asm { bytes: code },
             context,
-            encoder: Encoder::new(64),
+            encoder,
             operands,
             flags: FlagsIn::Host,
-            positions: Vec::new(),
-            edges: Vec::new(),
-            cold: Vec::new(),
+            positions,
+            edges,
+            cold,
             cells: 0,
             guest: 0,
             length: 0,
@@ -170,11 +224,21 @@ impl<'a> Emitter<'a> {
             operand_member: None,
             stack_member: None,
             holds: None,
+            kept: [const { 0..0 }; MAX_GROUPS],
+            stack_moved: 0,
+            checked_entry: None,
         };
         emitter.mark();
+        if !checks.is_empty() {
+            emitter.free_flags(flags::ALL);
+            emitter.checked_entry = Some(emitter.asm.here() as u32);
+        }
         if poll {
             emitter.asm.load(Width::W64, ADDRESS, layout::POLL);
             emitter.asm.load(Width::W32, ADDRESS, Mem::at(ADDRESS, 0));
+        }
+        if !checks.is_empty() {
+            emitter.check(checks);
         }
         if context.vectors {
             emitter.require_vectors();
@@ -207,8 +271,12 @@ impl<'a> Emitter<'a> {
         self.mark();
     }
 
-    /// Says which of the next instruction's accesses belong to groups.
-    pub fn set_members(&mut self, operand: Option<Member>, stack: Option<Member>) {
+    /// Says which of the next instruction's accesses belong to groups, and whether it goes on
+    /// with a run of pushes or pops.
+    pub fn set_members(&mut self, operand: Option<Member>, stack: Option<Member>, goes_on: bool) {
+        if !goes_on {
+            self.settle_stack();
+        }
         self.operand_member = operand;
         self.stack_member = stack;
     }
@@ -315,22 +383,29 @@ impl<'a> Emitter<'a> {
 
     /// Ends the block: places stubs and the second entry.
     pub fn finish(mut self, live_in: Flags) -> Emitted {
-        for cold in std::mem::take(&mut self.cold) {
-            self.place(cold);
+        for unused in std::mem::take(&mut self.kept) {
+            self.asm.erase(unused);
         }
-        let mut saved_entry = 0;
-        if live_in != 0 || self.context.precise {
+        let mut cold = std::mem::take(&mut self.cold);
+        cold.drain(..).for_each(|stub| self.place(stub));
+        let mut saved_entry = self.checked_entry.unwrap_or(0);
+        if self.checked_entry.is_none() && (live_in != 0 || self.context.precise) {
             saved_entry = self.asm.here() as u32;
             self.asm.restore_flags(RAW_FLAGS);
             self.asm.jmp_to(0);
         }
         Emitted {
-            code: self.asm.bytes,
-            positions: self.positions,
-            edges: self.edges,
+            buffers: Buffers {
+                code: self.asm.bytes,
+                positions: self.positions,
+                edges: self.edges,
+                cold,
+                encoder: self.encoder,
+            },
             saved_entry,
             cells: self.cells,
-            live_in,
+            // A block whose code has changed may need any flag.
+            live_in: if self.checked_entry.is_some() { flags::ALL } else { live_in },
         }
     }
 
@@ -345,6 +420,10 @@ impl<'a> Emitter<'a> {
             Cold::Edge { fixup, edge, flags, position } => {
                 self.resume_position(position);
                 self.place_edge(fixup, edge, flags);
+            }
+            Cold::Stale { stale, position } => self.place_stale(stale, position),
+            Cold::String { slow, helped, back, position } => {
+                self.place_string(slow, helped, back, position);
             }
             Cold::Helper { fixups, helped, back, position } => {
                 self.resume_position(position);

@@ -20,11 +20,44 @@ struct Visitor {
 
 /// The visitors of one instruction; there are at most three register operands.
 #[derive(Default)]
-struct Visitors(Vec<Visitor>);
+struct Visitors {
+    list: [Option<Visitor>; 3],
+}
 
 impl Visitors {
+    fn iter(&self) -> impl Iterator<Item = &Visitor> {
+        self.list.iter().flatten()
+    }
+
     fn scratch_of(&self, guest: usize) -> Option<Reg> {
-        self.0.iter().find(|v| v.guest == guest).map(|v| v.scratch)
+        self.iter().find(|v| v.guest == guest).map(|v| v.scratch)
+    }
+
+    /// Notes a use of `guest`.
+    fn add(&mut self, guest: usize, read: bool, written: bool) {
+        if let Some(v) = self.list.iter_mut().flatten().find(|v| v.guest == guest) {
+            v.read |= read;
+            v.written |= written;
+        } else if let Some(free) = self.list.iter_mut().find(|v| v.is_none()) {
+            *free = Some(Visitor { guest, scratch: SCRATCH, read, written });
+        }
+    }
+
+    /// Gives each visitor a scratch register. Those that are read must differ from each other and
+    /// from the address of a memory operand; those only written must differ from each other.
+    fn assign(&mut self, memory: bool) {
+        let mut for_reads = if memory { [SCRATCH].iter() } else { [SCRATCH, ADDRESS].iter() };
+        let mut taken = [None; 2];
+        for v in self.list.iter_mut().flatten().filter(|v| v.read) {
+            v.scratch = for_reads.next().copied().unwrap_or(SCRATCH);
+            if v.written {
+                taken[usize::from(v.scratch == ADDRESS)] = Some(v.scratch);
+            }
+        }
+        let mut free = [SCRATCH, ADDRESS].into_iter().filter(|r| !taken.contains(&Some(*r)));
+        for v in self.list.iter_mut().flatten().filter(|v| !v.read) {
+            v.scratch = free.next().unwrap_or(SCRATCH);
+        }
     }
 }
 
@@ -33,8 +66,19 @@ impl Visitors {
 pub struct NotEncodable;
 
 impl Emitter<'_> {
-    /// An instruction that runs as it is.
-    pub fn native(&mut self, insn: &Instruction, effect: Effect) -> Result<(), NotEncodable> {
+    /// An instruction that runs as it is; `bytes` are its own.
+    pub fn native(
+        &mut self,
+        insn: &Instruction,
+        effect: Effect,
+        bytes: &[u8],
+    ) -> Result<(), NotEncodable> {
+        if self.context.mode.is_64() && !bytes.is_empty() && keeps_its_registers(insn) {
+            self.flags_for(effect);
+            self.asm.raw(bytes);
+            self.flags_after(effect);
+            return Ok(());
+        }
         let memory = has_memory(insn).then(|| self.operands.memory(insn)).flatten();
         let accesses_memory = memory.is_some();
         let visitors = self.visitors(insn, has_memory(insn));
@@ -53,7 +97,7 @@ impl Emitter<'_> {
         self.encode(&host)?;
         self.flags_after(effect);
         self.take_back(&visitors);
-        if visitors.0.iter().any(|v| v.scratch == ADDRESS) {
+        if visitors.iter().any(|v| v.scratch == ADDRESS) {
             self.holds = None;
         }
         if let Some(place) = place {
@@ -68,37 +112,30 @@ impl Emitter<'_> {
         let high_byte = (0..insn.op_count())
             .any(|i| insn.op_kind(i) == OpKind::Register && is_high_byte(insn.op_register(i)));
         let away = |n: usize| n >= 13 || (high_byte && matches!(n, 4 | 6 | 7));
-        let registers: Vec<(u32, usize)> = (0..insn.op_count())
-            .filter(|&i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr())
-            .filter(|&i| !is_high_byte(insn.op_register(i)))
-            .map(|i| (i, insn.op_register(i).full_register().number()))
-            .filter(|&(_, n)| away(n))
-            .collect();
-        if registers.is_empty() {
-            return Visitors::default();
-        }
-        let accesses = self.operands.accesses(insn);
-        let mut list: Vec<Visitor> = Vec::with_capacity(3);
-        for (i, guest) in registers {
+        let mut accesses = None;
+        let mut visitors = Visitors::default();
+        for i in 0..insn.op_count() {
+            let register = insn.op_register(i);
+            if insn.op_kind(i) != OpKind::Register || !register.is_gpr() || is_high_byte(register) {
+                continue;
+            }
+            let guest = register.full_register().number();
+            if !away(guest) {
+                continue;
+            }
+            let accesses = accesses.get_or_insert_with(|| self.operands.accesses(insn));
             let access = accesses[i as usize];
             let written = classify::writes(access);
             // A write of less than 32 bits keeps the rest of the register.
-            let partial = written && insn.op_register(i).size() < 4;
-            let read = classify::reads(access) || partial;
-            match list.iter_mut().find(|v| v.guest == guest) {
-                Some(v) => {
-                    v.read |= read;
-                    v.written |= written;
-                }
-                None => list.push(Visitor { guest, scratch: SCRATCH, read, written }),
-            }
+            let partial = written && register.size() < 4;
+            visitors.add(guest, classify::reads(access) || partial, written);
         }
-        assign(&mut list, memory);
-        Visitors(list)
+        visitors.assign(memory);
+        visitors
     }
 
     fn bring(&mut self, visitors: &Visitors) {
-        for v in visitors.0.iter().filter(|v| v.read) {
+        for v in visitors.iter().filter(|v| v.read) {
             match layout::host(v.guest) {
                 Some(home) => self.asm.mov(Width::W64, v.scratch, home),
                 None => self.asm.load(Width::W64, v.scratch, layout::gpr(v.guest)),
@@ -107,7 +144,7 @@ impl Emitter<'_> {
     }
 
     fn take_back(&mut self, visitors: &Visitors) {
-        for v in visitors.0.iter().filter(|v| v.written) {
+        for v in visitors.iter().filter(|v| v.written) {
             match layout::host(v.guest) {
                 Some(home) => self.asm.mov(Width::W64, home, v.scratch),
                 None => self.asm.store(Width::W64, layout::gpr(v.guest), v.scratch),
@@ -222,18 +259,16 @@ impl Emitter<'_> {
     }
 }
 
-/// Gives each visitor a scratch register. Those that are read must differ from each other and
-/// from the address of a memory operand; those only written must differ from each other.
-fn assign(list: &mut [Visitor], memory: bool) {
-    let free_for_reads: &[Reg] = if memory { &[SCRATCH] } else { &[SCRATCH, ADDRESS] };
-    for (v, reg) in list.iter_mut().filter(|v| v.read).zip(free_for_reads) {
-        v.scratch = *reg;
-    }
-    let taken: Vec<Reg> = list.iter().filter(|v| v.read && v.written).map(|v| v.scratch).collect();
-    let free = [SCRATCH, ADDRESS].into_iter().filter(|r| !taken.contains(r));
-    for (v, reg) in list.iter_mut().filter(|v| !v.read).zip(free) {
-        v.scratch = reg;
-    }
+/// Whether the instruction has register operands only, each of which is in its own host register.
+fn keeps_its_registers(insn: &Instruction) -> bool {
+    (0..insn.op_count()).all(|i| match insn.op_kind(i) {
+        OpKind::Memory => false,
+        OpKind::Register if insn.op_register(i).is_gpr() => {
+            let n = insn.op_register(i).full_register().number();
+            layout::host(n) == Some(Reg(n as u8))
+        }
+        _ => true,
+    })
 }
 
 fn is_high_byte(register: Register) -> bool {

@@ -5,6 +5,7 @@ use super::asm::{Mem, Reg, Width};
 use super::layout::{self, ADDRESS, GUEST_RSP, SCRATCH};
 use crate::mode::{Mode, SegmentClass};
 use crate::translate::classify::Operand;
+use crate::translate::groups::Member;
 use arch::SegmentName;
 use iced_x86::{Instruction, OpKind, Register};
 
@@ -33,7 +34,6 @@ impl Emitter<'_> {
     /// Pushes `size` bytes (2, 4 or 8).
     pub fn push_value(&mut self, source: Source, size: u32) {
         let operand = Operand { size, reads: false, writes: true };
-        let width = self.stack_width();
         let access = self.open_stack(GUEST_RSP, -(size as i32), operand);
         let place = access.mem();
         let store_width = operand_width(size);
@@ -59,8 +59,26 @@ impl Emitter<'_> {
                 self.asm.store(store_width, place, SCRATCH);
             }
         }
-        self.asm.lea(width, GUEST_RSP, Mem::at(GUEST_RSP, -(size as i32)));
+        self.move_stack(-(size as i32));
         self.close(access);
+    }
+
+    /// Moves RSP by `by`. In a run of pushes or pops of one group, none of which can fault, one
+    /// addition for all of them follows the last.
+    fn move_stack(&mut self, by: i32) {
+        self.stack_moved += by;
+        if self.stack_member.is_none() {
+            self.settle_stack();
+        }
+    }
+
+    /// Brings RSP up to date.
+    pub fn settle_stack(&mut self) {
+        let by = std::mem::take(&mut self.stack_moved);
+        if by != 0 {
+            let width = self.stack_width();
+            self.asm.lea(width, GUEST_RSP, Mem::at(GUEST_RSP, by));
+        }
     }
 
     /// PUSH of a register or an immediate.
@@ -105,18 +123,32 @@ impl Emitter<'_> {
     /// `size + extra`.
     pub fn pop_to(&mut self, to: Reg, size: u32, extra: u32) {
         let operand = Operand { size, reads: true, writes: false };
-        let width = self.stack_width();
         let place = self.open_stack(GUEST_RSP, 0, operand);
         self.load_zero_extended(to, place.mem(), size);
         self.close(place);
-        self.asm.lea(width, GUEST_RSP, Mem::at(GUEST_RSP, (size + extra) as i32));
+        self.move_stack((size + extra) as i32);
     }
 
     /// POP of a register.
     pub fn pop(&mut self, insn: &Instruction) {
         let size = insn.stack_pointer_increment().unsigned_abs();
-        self.pop_to(SCRATCH, size, 0);
-        self.write_gpr(insn.op0_register(), SCRATCH);
+        let target = insn.op0_register();
+        match layout::host(target.full_register().number()) {
+            Some(home) if size >= 4 && home != GUEST_RSP => self.pop_to(home, size, 0),
+            _ => {
+                self.pop_to(SCRATCH, size, 0);
+                self.settle_stack();
+                self.write_gpr(target, SCRATCH);
+            }
+        }
+    }
+
+    /// Whether a PUSH or POP can do with an RSP that is out of date: it is not the first of its
+    /// group, and RSP is not its operand.
+    pub fn continues_group(insn: &Instruction, member: Option<Member>) -> bool {
+        let names_rsp = insn.op_kind(0) == OpKind::Register
+            && insn.op0_register().full_register() == Register::RSP;
+        member.is_some_and(|m| !m.first) && !names_rsp
     }
 
     /// LEAVE: RSP from RBP, then POP RBP.

@@ -8,7 +8,6 @@ use iced_x86::{
     Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
     InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
 };
-use std::sync::atomic::{AtomicU8, Ordering};
 
 /// The treatment of an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,51 +62,39 @@ pub enum Class {
     Invalid,
 }
 
-static CLASSES: [AtomicU8; 16384] = [const { AtomicU8::new(0) }; 16384];
+impl Class {
+    /// All of them, each at the place of its number less one.
+    pub(super) const ALL: [Self; 23] = [
+        Self::Native,
+        Self::NativeVector,
+        Self::Nothing,
+        Self::Lea,
+        Self::MovOffset,
+        Self::BitString,
+        Self::Push,
+        Self::PushMemory,
+        Self::Pop,
+        Self::Leave,
+        Self::Jump,
+        Self::Branch,
+        Self::LoopBranch,
+        Self::Call,
+        Self::JumpIndirect,
+        Self::CallIndirect,
+        Self::Return,
+        Self::ReadTsc,
+        Self::System,
+        Self::SystemEnd,
+        Self::Helper,
+        Self::HelperEnd,
+        Self::Invalid,
+    ];
+}
 
 /// Classifies an instruction; the answer depends on its code and on whether it has a memory
 /// operand.
 pub fn classify(insn: &Instruction) -> Class {
-    let memory = has_memory(insn);
-    let slot = (insn.code() as usize) << 1 | usize::from(memory);
-    // Code has fewer than 6,000 values today; what does not fit is computed each time.
-    let Some(cell) = CLASSES.get(slot) else { return compute(insn, memory) };
-    if let Some(class) = decode(cell.load(Ordering::Relaxed)) {
-        return class;
-    }
-    let class = compute(insn, memory);
-    cell.store(class as u8, Ordering::Relaxed);
-    class
-}
-
-fn decode(value: u8) -> Option<Class> {
-    use Class::*;
-    const ALL: [Class; 23] = [
-        Native,
-        NativeVector,
-        Nothing,
-        Lea,
-        MovOffset,
-        BitString,
-        Push,
-        PushMemory,
-        Pop,
-        Leave,
-        Jump,
-        Branch,
-        LoopBranch,
-        Call,
-        JumpIndirect,
-        CallIndirect,
-        Return,
-        ReadTsc,
-        System,
-        SystemEnd,
-        Helper,
-        HelperEnd,
-        Invalid,
-    ];
-    ALL.get(usize::from(value).wrapping_sub(1)).copied()
+    super::facts::of(insn).class
 }
 
 /// Whether the instruction has an explicit memory operand.
@@ -115,7 +102,8 @@ pub fn has_memory(insn: &Instruction) -> bool {
     (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory)
 }
 
-fn compute(insn: &Instruction, memory: bool) -> Class {
+/// Works the class out.
+pub(super) fn compute(insn: &Instruction, memory: bool) -> Class {
     use Mnemonic as M;
     if insn.code() == Code::INVALID {
         return Class::Invalid;
@@ -431,9 +419,11 @@ impl Operands {
 
     /// The memory operand, if there is one that is accessed.
     pub fn memory(&mut self, insn: &Instruction) -> Option<Operand> {
-        let i = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)?;
-        let access = self.accesses(insn)[i as usize];
-        let (reads, writes) = (reads(access), writes(access));
+        if !has_memory(insn) {
+            return None;
+        }
+        let facts = super::facts::of(insn);
+        let (reads, writes) = (facts.reads_memory, facts.writes_memory);
         (reads || writes).then_some(Operand {
             size: insn.memory_size().size() as u32,
             reads,

@@ -1,14 +1,19 @@
 //! Reading and decoding guest code, and looking ahead for live flags.
 #![allow(unsafe_code)]
+use super::classify::Operands;
 use super::classify::{Class, classify};
-use super::flags::{self, ALL, Flags};
+use super::facts::{self, Facts};
+use super::flags::{self, ALL, Effect, Flags};
 use super::{Step, helped, successor};
 use crate::cache::{Key, Source};
 use crate::cpu::Cpu;
+use crate::emit::checked::can_vary;
 use crate::emit::control::Successor;
+use crate::emit::strings;
 use crate::exception::Exception;
 use crate::mode::Mode;
 use crate::ram::Ram;
+use crate::rewritten::Field;
 use arch::SegmentName;
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, Register};
 
@@ -19,8 +24,11 @@ const LOOK_AHEAD: u32 = 8;
 const LOOK_BRANCHES: u32 = 2;
 /// Longest instruction (Intel SDM 2A 2.3.11).
 const MAX_LENGTH: usize = 15;
+/// Bytes in a block at most: its instructions are 4 bytes long on average.
+const WINDOW: usize = 256;
 
 /// A decoded straight run.
+#[derive(Default)]
 pub struct Run {
     /// Its instructions.
     pub steps: Vec<Step>,
@@ -32,12 +40,31 @@ pub struct Run {
     pub next: Successor,
     /// Target of the direct jump or call at the end.
     pub target: Option<Successor>,
+    /// The guest bytes.
+    pub bytes: Vec<u8>,
+    /// Constants among them that could be loaded at run time.
+    pub fields: Vec<Field>,
     /// Bytes that liveness depends on.
     pub looked_at: Vec<Source>,
     pc: u64,
 }
 
 impl Run {
+    /// The block's own bytes, by pages.
+    pub fn pieces(&self, key: Key) -> impl Iterator<Item = Source> + use<> {
+        let own = self.len.min(4096 - (key.physical & 0xfff) as usize);
+        let rest = self.len - own;
+        let first = Source { start: key.physical, len: own as u16 };
+        let second = self.second_page.map(|page| Source { start: page & !0xfff, len: rest as u16 });
+        [Some(first), second].into_iter().flatten()
+    }
+
+    /// The bytes of one of its instructions.
+    pub fn bytes_of(&self, insn: &Instruction) -> &[u8] {
+        let start = insn.ip().wrapping_sub(self.pc) as usize;
+        self.bytes.get(start..start + insn.len()).unwrap_or(&[])
+    }
+
     /// Whether the end of the run could lead back to itself without passing another poll: direct
     /// jumps backwards, and all indirect ones.
     pub fn may_loop(&self, last: &Step) -> bool {
@@ -62,9 +89,9 @@ struct Ahead<'a> {
     ram: &'a Ram,
     mode: Mode,
     /// Pages that may be looked at: guest address and guest-physical address.
-    pages: Vec<(u64, u64)>,
+    pages: [Option<(u64, u64)>; 3],
     /// Bytes looked at.
-    seen: Vec<Source>,
+    seen: &'a mut Vec<Source>,
     budget: u32,
 }
 
@@ -73,30 +100,42 @@ impl Cpu {
     ///
     /// # Errors
     /// #PF of the second page of a crossing instruction, #GP(0) past the limit of the segment.
-    pub(super) fn fetch_run(&mut self, key: Key, linear: u64) -> Result<Run, Exception> {
+    pub(super) fn fetch_run(
+        &mut self,
+        key: Key,
+        linear: u64,
+        run: &mut Run,
+    ) -> Result<(), Exception> {
         let left = 4096 - (key.physical & 0xfff) as usize;
-        let mut bytes = [0xff; 4096 + MAX_LENGTH];
-        let mut available = left;
+        let window = left.min(WINDOW);
+        let mut bytes = [0xff; WINDOW + MAX_LENGTH];
         // Where there is no RAM, fetches read as ones: an invalid opcode.
-        let _ = copy(&self.vm.ram, key.physical, &mut bytes[..left]);
+        let _ = copy(&self.vm.ram, key.physical, &mut bytes[..window]);
         let one = key.mode.step() || key.mode.shadow();
         let limit = if one { 1 } else { MAX_STEPS };
-        let mut second_page = None;
-        let (steps, len) = match self.decode(key, &bytes[..available], limit) {
-            Ok(run) => run,
-            Err(_) => {
-                // The first instruction goes on in the next page.
-                let next = (linear | 0xfff).wrapping_add(1) & self.address_mask();
-                let physical = self.translate_fetch(next)?;
-                let tail = &mut bytes[left..left + MAX_LENGTH];
-                let _ = copy(&self.vm.ram, physical & !0xfff, tail);
-                available = left + MAX_LENGTH;
-                second_page = Some(physical & !0xfff);
-                self.decode(key, &bytes[..available], 1).map_err(|()| Exception::GP0)?
-            }
-        };
-        self.check_limit(&steps)?;
-        Ok(self.finish_run(key, steps, len, second_page))
+        run.second_page = None;
+        run.pc = key.pc;
+        if self.decode(key, &bytes[..window], limit, run).is_err() {
+            // The first instruction goes on in the next page.
+            let next = (linear | 0xfff).wrapping_add(1) & self.address_mask();
+            let physical = self.translate_fetch(next)?;
+            let tail = &mut bytes[left..left + MAX_LENGTH];
+            let _ = copy(&self.vm.ram, physical & !0xfff, tail);
+            run.second_page = Some(physical & !0xfff);
+            self.decode(key, &bytes[..left + MAX_LENGTH], 1, run).map_err(|()| Exception::GP0)?;
+        }
+        self.check_limit(&run.steps)?;
+        run.fields.clear();
+        run.bytes.clear();
+        let pages = [Some(key.physical), run.second_page];
+        let checked = pages.iter().flatten().any(|&p| self.cache.rewritten.checks(p));
+        if checked {
+            stop_after_write(run);
+            run.fields = find_fields(&run.steps, key, &bytes[..run.len]);
+        }
+        run.bytes.extend_from_slice(&bytes[..run.len]);
+        self.finish_run(key, run, checked);
+        Ok(())
     }
 
     /// An instruction that reaches past the code segment's limit faults (Intel SDM 3A 5.3).
@@ -108,11 +147,12 @@ impl Cpu {
     }
 
     /// Decodes up to `limit` instructions; an error means that the first one is cut off.
-    fn decode(&self, key: Key, bytes: &[u8], limit: usize) -> Result<(Vec<Step>, usize), ()> {
+    fn decode(&self, key: Key, bytes: &[u8], limit: usize, run: &mut Run) -> Result<(), ()> {
         let mode = key.mode;
         let mut decoder = Decoder::with_ip(mode.code().bits(), bytes, key.pc, DecoderOptions::NONE);
-        let mut steps = Vec::with_capacity(16);
-        let mut len = 0;
+        let steps = &mut run.steps;
+        steps.clear();
+        run.len = 0;
         let cs_limit = u64::from(self.segment(SegmentName::Cs).limit);
         while steps.len() < limit && decoder.can_decode() {
             let insn = decoder.decode();
@@ -125,7 +165,8 @@ impl Cpu {
                     let mut invalid = Instruction::default();
                     invalid.set_len(1);
                     invalid.set_next_ip(key.pc + 1);
-                    steps.push(step(invalid, Class::Invalid));
+                    steps.push(step(invalid, Class::Invalid, mode));
+                    run.len = MAX_LENGTH.min(bytes.len());
                 }
                 break;
             }
@@ -134,59 +175,64 @@ impl Cpu {
                 break;
             }
             let class = refine(&insn, mode);
-            len = insn.next_ip().wrapping_sub(key.pc) as usize & 0xffff;
-            steps.push(step(insn, class));
-            if ends(class) || helped(class, &insn, mode) && super::is_transfer(class) {
+            run.len = insn.next_ip().wrapping_sub(key.pc) as usize & 0xffff;
+            let step = step(insn, class, mode);
+            steps.push(step);
+            if ends(class) || step.helped && super::is_transfer(class) {
                 break;
             }
         }
-        settle_shadow(&mut steps);
-        Ok((steps, len))
+        settle_shadow(steps, mode);
+        Ok(())
     }
 
-    fn finish_run(
-        &mut self,
-        key: Key,
-        mut steps: Vec<Step>,
-        len: usize,
-        second_page: Option<u64>,
-    ) -> Run {
-        let vm = self.vm.clone();
+    fn finish_run(&mut self, key: Key, run: &mut Run, checked: bool) {
         let mask = self.ip_mask();
         let page = (key.pc & !0xfff, key.physical & !0xfff);
         // In segments whose base is not page-aligned, guest addresses and pages do not go together.
         let aligned = (key.pc ^ key.physical) & 0xfff == 0;
-        let near = |pc: u64| aligned && second_page.is_none() && pc & !0xfff == page.0;
-        let last = steps.last().copied();
+        let crossing = run.second_page.is_some();
+        let near = |pc: u64| aligned && !crossing && pc & !0xfff == page.0;
+        let last = run.steps.last().copied();
         let next_pc = last.map_or(key.pc, |s| s.insn.next_ip() & mask);
         let direct = last.filter(|s| {
             matches!(s.class, Class::Jump | Class::Branch | Class::LoopBranch | Class::Call)
-                && !helped(s.class, &s.insn, key.mode)
+                && !s.helped
         });
         let target_pc = direct.map(|s| s.insn.near_branch_target() & mask);
-        let mut pages = Vec::with_capacity(3);
-        if aligned {
-            pages.push(page);
+        // Nobody watches what a checked block would look at.
+        let mut pages = [(!checked && aligned).then_some(page), None, None];
+        if !checked {
+            let far = |pc: &u64| !near(*pc);
+            pages[1] = target_pc.filter(far).and_then(|pc| self.visible_page(pc));
+            pages[2] = Some(next_pc).filter(far).and_then(|pc| self.visible_page(pc));
         }
-        for pc in target_pc.into_iter().chain([next_pc]).filter(|&pc| !near(pc)) {
-            pages.extend(self.visible_page(pc));
-        }
-        let mut ahead = Ahead { ram: &vm.ram, mode: key.mode, pages, seen: Vec::new(), budget: 24 };
-        let mut live = |pc: u64| ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES);
+        run.looked_at.clear();
+        let seen = &mut run.looked_at;
+        let mut ahead = Ahead { ram: &self.vm.ram, mode: key.mode, pages, seen, budget: 24 };
+        // A block that is there already says what it wants, which may be more than is seen here.
+        let wanted = |pc: u64| {
+            let page = pages.iter().flatten().find(|p| p.0 == pc & !0xfff);
+            page.map_or(0, |p| {
+                self.cache.live_in(&Key { pc, physical: p.1 | pc & 0xfff, mode: key.mode })
+            })
+        };
+        let mut live = |pc: u64| ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES) | wanted(pc);
         let target = target_pc.map(|pc| successor(pc, live(pc), near(pc)));
         let falls =
             last.is_none_or(|s| !matches!(s.class, Class::Jump | Class::Call)) || direct.is_none();
         let next_live = if falls { live(next_pc) } else { 0 };
         // Where the page ends within the next instruction, what follows depends on two pages.
-        let cut = steps.len() < MAX_STEPS && last.is_some_and(|s| !ends(s.class));
+        let cut = run.steps.len() < MAX_STEPS && last.is_some_and(|s| !ends(s.class));
         let next = successor(next_pc, next_live, near(next_pc) && !cut);
-        let mut flow = live_out(last.as_ref(), &next, target.as_ref(), key.mode);
-        for step in steps.iter_mut().rev() {
+        let mut flow = live_out(last.as_ref(), &next, target.as_ref());
+        for step in run.steps.iter_mut().rev() {
             step.live_after = flow;
             flow = flags::live_before(step.effect, flow);
             step.live_before = flow;
         }
-        Run { steps, len, second_page, next, target, looked_at: ahead.seen, pc: key.pc }
+        run.next = next;
+        run.target = target;
     }
 }
 
@@ -196,7 +242,7 @@ impl Cpu {
     fn visible_page(&mut self, pc: u64) -> Option<(u64, u64)> {
         let linear = self.code_address(pc).ok()?;
         let physical = self.translate_fetch(linear).ok()?;
-        if (pc ^ physical) & 0xfff != 0 {
+        if (pc ^ physical) & 0xfff != 0 || self.cache.rewritten.checks(physical) {
             return None;
         }
         self.claim_page(physical);
@@ -210,14 +256,61 @@ impl Cpu {
         let linear = self.code_address(rip).ok()?;
         let physical = self.translate_fetch(linear).ok()?;
         let mode = Mode(self.mode.0 | Mode::STEP);
-        let run = self.fetch_run(Key { pc: rip, physical, mode }, linear).ok()?;
+        let mut run = Run::default();
+        self.fetch_run(Key { pc: rip, physical, mode }, linear, &mut run).ok()?;
         run.steps.first().map(|step| step.insn)
     }
 }
 
-fn step(insn: Instruction, class: Class) -> Step {
-    let effect = flags::effect(&insn, class);
-    Step { insn, class, effect, live_before: ALL, live_after: ALL, operand: None, stack: None }
+/// Ends a checked block after the first instruction that may write memory.
+fn stop_after_write(run: &mut Run) {
+    let mut operands = Operands::default();
+    let writes = |step: &Step| match step.class {
+        Class::Native | Class::NativeVector | Class::BitString => {
+            operands.memory(&step.insn).is_some_and(|o| o.writes)
+        }
+        Class::Push | Class::PushMemory | Class::MovOffset | Class::Helper => true,
+        Class::System => step.is_inline(Mnemonic::Pushfq),
+        _ => false,
+    };
+    let Some(last) = run.steps.iter().position(writes) else { return };
+    run.steps.truncate(last + 1);
+    if let Some(step) = run.steps.last() {
+        run.len = step.insn.next_ip().wrapping_sub(run.pc) as usize & 0xffff;
+    }
+}
+
+/// The constants of a block that could be loaded at run time.
+fn find_fields(steps: &[Step], key: Key, bytes: &[u8]) -> Vec<Field> {
+    let bits = key.mode.code().bits();
+    let mut decoder = Decoder::with_ip(bits, bytes, key.pc, DecoderOptions::NONE);
+    let mut fields = Vec::new();
+    for (n, step) in steps.iter().enumerate() {
+        let insn = decoder.decode();
+        let constants = decoder.get_constant_offsets(&insn);
+        if !step.helped && constants.has_immediate() && can_vary(&insn, step.class, key.mode) {
+            let start = insn.ip().wrapping_sub(key.pc) as usize + constants.immediate_offset();
+            let len = constants.immediate_size() as u8;
+            fields.push(Field { step: n as u16, offset: start as u16, len });
+        }
+    }
+    fields
+}
+
+fn step(insn: Instruction, class: Class, mode: Mode) -> Step {
+    let string = class == Class::Helper && strings::is_inline(&insn, mode);
+    let effect = if string { flags::of_string(&insn) } else { effect(&insn, class) };
+    let helped = helped(class, &insn, mode);
+    let (live_before, live_after, operand, stack) = (ALL, ALL, None, None);
+    Step { insn, class, effect, helped, string, live_before, live_after, operand, stack }
+}
+
+/// The effect of an instruction of class `class` on the flags.
+fn effect(insn: &Instruction, class: Class) -> Effect {
+    match facts::of(insn) {
+        Facts { class: same, effect: Some(effect), .. } if same == class => effect,
+        _ => flags::effect(insn, class),
+    }
 }
 
 /// The class of an instruction, given the mode.
@@ -243,22 +336,17 @@ fn ends(class: Class) -> bool {
 /// STI holds interrupts off until after the next instruction. Translated code does that by not
 /// looking for them in between, where the next instruction is in the same block; elsewhere the
 /// run loop sees to it.
-fn settle_shadow(steps: &mut [Step]) {
+fn settle_shadow(steps: &mut [Step], mode: Mode) {
     if let Some(last) = steps.last_mut()
-        && super::is_inline(last, Mnemonic::Sti)
+        && last.is_inline(Mnemonic::Sti)
     {
-        *last = step(last.insn, Class::HelperEnd);
+        *last = step(last.insn, Class::HelperEnd, mode);
     }
 }
 
-fn live_out(
-    last: Option<&Step>,
-    next: &Successor,
-    target: Option<&Successor>,
-    mode: Mode,
-) -> Flags {
+fn live_out(last: Option<&Step>, next: &Successor, target: Option<&Successor>) -> Flags {
     let Some(last) = last else { return ALL };
-    if helped(last.class, &last.insn, mode) {
+    if last.helped {
         return ALL;
     }
     match last.class {
@@ -277,7 +365,9 @@ impl Ahead<'_> {
         let mut needed: Flags = 0;
         let mut bytes = [0; 64];
         let offset = pc & 0xfff;
-        let Some(&(_, page)) = self.pages.iter().find(|p| p.0 == pc & !0xfff) else { return ALL };
+        let Some(&(_, page)) = self.pages.iter().flatten().find(|p| p.0 == pc & !0xfff) else {
+            return ALL;
+        };
         let available = (4096 - offset as usize).min(bytes.len());
         let Some(window) = bytes.get_mut(..available) else { return ALL };
         if copy(self.ram, page + offset, window).is_none() {
@@ -295,7 +385,7 @@ impl Ahead<'_> {
                 break;
             }
             let class = refine(&insn, self.mode);
-            let effect = flags::effect(&insn, class);
+            let effect = effect(&insn, class);
             let helper = helped(class, &insn, self.mode);
             needed |= if helper { ALL } else { effect.reads } & !known_dead;
             known_dead |= effect.kills;

@@ -41,6 +41,13 @@ pub fn effect(insn: &Instruction, class: Class) -> Effect {
     }
 }
 
+/// The effect of a string instruction that translated code does itself. With a count of 0 no flag
+/// changes.
+pub fn of_string(insn: &Instruction) -> Effect {
+    let touches = if crate::emit::strings::sets_flags(insn) { ALL } else { 0 };
+    Effect { reads: 0, kills: 0, touches }
+}
+
 fn native(insn: &Instruction) -> Effect {
     let touches = insn.rflags_modified() & ALL;
     let mut kills = (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set()) & ALL;
@@ -51,6 +58,11 @@ fn native(insn: &Instruction) -> Effect {
         reads |= touches;
     }
     Effect { reads, kills, touches }
+}
+
+/// Whether the effect of an instruction follows from its code alone.
+pub fn is_fixed(insn: &Instruction) -> bool {
+    !is_shift(insn.mnemonic())
 }
 
 fn is_shift(mnemonic: Mnemonic) -> bool {

@@ -7,7 +7,7 @@
 //! that fails, the block is left at the first member, nothing having happened, and a translation
 //! without groups goes on from there (`Mode::PLAIN`).
 use super::Step;
-use super::classify::{Class, Operands};
+use super::classify::{Class, Operands, has_memory};
 use crate::mode::{Mode, SegmentClass};
 use crate::operand::operand_segment;
 use arch::SegmentName;
@@ -62,27 +62,38 @@ struct Planner<'a> {
     operands: &'a mut Operands,
     registers: [Value; 16],
     next_epoch: u32,
-    groups: Vec<Group>,
+    groups: &'a mut Vec<Group>,
     /// The present instruction is in the shadow of STI: it must not leave the block before it is
     /// through, so it cannot probe for a group.
     shadow: bool,
 }
 
-/// Puts the accesses of a block into groups, and marks them in `steps`.
-pub fn plan(steps: &mut [Step], mode: Mode, operands: &mut Operands) -> Vec<Group> {
+/// Puts the accesses of a block into `groups`, and marks them in `steps`.
+pub fn plan(steps: &mut [Step], mode: Mode, operands: &mut Operands, groups: &mut Vec<Group>) {
     let bits32 = mode.code() == crate::mode::CodeSize::Bits32;
     if mode.plain() || steps.len() < 2 || !(mode.is_64() || (bits32 && mode.stack32())) {
-        return Vec::new();
+        return;
+    }
+    if steps.iter().filter(|s| may_access(s)).nth(1).is_none() {
+        return;
     }
     let registers = std::array::from_fn(|n| Value { epoch: n as u32, delta: 0 });
-    let groups = Vec::new();
     let mut planner = Planner { mode, operands, registers, next_epoch: 16, groups, shadow: false };
     for step in steps.iter_mut() {
         planner.step(step);
     }
-    let groups = planner.groups;
-    settle(steps, &groups);
-    groups
+    settle(steps, groups);
+}
+
+/// Whether the access of a step could be in a group.
+fn may_access(step: &Step) -> bool {
+    match step.class {
+        Class::Native | Class::NativeVector => has_memory(&step.insn),
+        Class::Push | Class::PushMemory | Class::Pop => true,
+        Class::Call | Class::CallIndirect | Class::Return => true,
+        Class::System => step.is_inline(Mnemonic::Pushfq),
+        _ => false,
+    }
 }
 
 /// Dissolves groups of one, and turns offsets into distances from the lowest address.
@@ -106,7 +117,7 @@ fn settle(steps: &mut [Step], groups: &[Group]) {
 impl Planner<'_> {
     fn step(&mut self, step: &mut Step) {
         self.classify(step);
-        self.shadow = step.class == Class::System && step.insn.mnemonic() == Mnemonic::Sti;
+        self.shadow = step.is_inline(Mnemonic::Sti);
     }
 
     fn system(&mut self, step: &mut Step) {
@@ -222,13 +233,15 @@ impl Planner<'_> {
             self.registers[target] = value;
             return;
         }
-        let written: Vec<usize> = self
+        if let Some(target) = sole_target(insn) {
+            return self.forget(target);
+        }
+        let written = self
             .operands
             .registers(insn)
             .filter(|(r, access)| r.is_gpr() && *access != OpAccess::Read)
-            .map(|(r, _)| r.full_register().number())
-            .collect();
-        written.into_iter().for_each(|n| self.forget(n));
+            .fold(0u32, |set, (r, _)| set | 1 << r.full_register().number());
+        (0..16).filter(|n| written >> n & 1 != 0).for_each(|n| self.forget(n));
     }
 
     /// Recognises moves and constant additions of whole registers.
@@ -261,5 +274,42 @@ impl Planner<'_> {
         };
         // What strays too far is as good as unknown, and cannot overflow.
         (value.delta.abs() < 1 << 24).then_some((target.number(), value))
+    }
+}
+
+/// The only general register that a common instruction can write, or a number beyond all if it
+/// writes none; `None` for instructions of which this does not know.
+fn sole_target(insn: &Instruction) -> Option<usize> {
+    use Mnemonic as M;
+    const NOTHING: usize = usize::MAX;
+    match insn.mnemonic() {
+        M::Cmp | M::Test => Some(NOTHING),
+        M::Mov
+        | M::Movzx
+        | M::Movsx
+        | M::Movsxd
+        | M::Lea
+        | M::Add
+        | M::Or
+        | M::Adc
+        | M::Sbb
+        | M::And
+        | M::Sub
+        | M::Xor
+        | M::Inc
+        | M::Dec
+        | M::Neg
+        | M::Not
+        | M::Shl
+        | M::Shr
+        | M::Sar
+        | M::Rol
+        | M::Ror => match insn.op0_kind() {
+            OpKind::Register if insn.op0_register().is_gpr() => {
+                Some(insn.op0_register().full_register().number())
+            }
+            _ => Some(NOTHING),
+        },
+        _ => None,
     }
 }

@@ -4,24 +4,27 @@
 //! [`fetch`] decodes a straight run of instructions within one page, `flags` finds out which
 //! arithmetic flags are live where, and `emit` writes host code.
 pub mod classify;
+pub mod facts;
 pub mod fetch;
 pub mod flags;
 pub mod groups;
 
 use crate::cache::{BlockId, Key, NewBlock, Source};
 use crate::cpu::Cpu;
+use crate::emit::checked::Variable;
 use crate::emit::control::Successor;
-use crate::emit::{Context, Emitter, stack};
+use crate::emit::{Buffers, Context, Emitted, Emitter, stack};
 use crate::exception::Exception;
 use crate::helpers::Helped;
 use crate::mode::Mode;
 use crate::ram::Ram;
+use crate::rewritten::Check;
 use crate::vm::pending;
 use arch::SegmentName;
 use classify::{Class, Operands};
 use fetch::Run;
 use flags::{ALL, Effect, Flags};
-use groups::Member;
+use groups::{Group, Member};
 use iced_x86::{Instruction, Mnemonic};
 use std::sync::atomic::Ordering;
 
@@ -31,6 +34,10 @@ pub struct Step {
     insn: Instruction,
     class: Class,
     effect: Effect,
+    /// Whether a helper executes it.
+    helped: bool,
+    /// Whether it is a string instruction that translated code does itself as a rule.
+    string: bool,
     live_before: Flags,
     live_after: Flags,
     /// Membership of the memory operand in a group.
@@ -39,18 +46,39 @@ pub struct Step {
     stack: Option<Member>,
 }
 
+impl Step {
+    /// Whether this is the system instruction `mnemonic`, handled by translated code itself.
+    fn is_inline(&self, mnemonic: Mnemonic) -> bool {
+        matches!(self.class, Class::System | Class::SystemEnd) && self.insn.mnemonic() == mnemonic
+    }
+
+    /// Whether translated code handles it itself but for rare cases, which a helper does.
+    fn may_need_help(&self) -> bool {
+        [Mnemonic::Sti, Mnemonic::Stac, Mnemonic::Clac].iter().any(|&m| self.is_inline(m))
+    }
+}
+
+/// What is needed while a block is translated, kept for the next one.
+#[derive(Default)]
+pub struct Desk {
+    run: Run,
+    sources: Vec<Source>,
+    groups: Vec<Group>,
+    operands: Operands,
+    buffers: Option<Buffers>,
+}
+
 /// Digest of the bytes that a block was made from.
 pub fn digest(ram: &Ram, sources: &[Source]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    let mut buffer = [0u8; 4096];
     for source in sources {
-        let Some(bytes) = buffer.get_mut(..usize::from(source.len)) else { continue };
-        if fetch::copy(ram, source.start, bytes).is_none() {
-            continue;
-        }
-        for chunk in bytes.chunks(8) {
+        let end = source.start + u64::from(source.len);
+        for start in (source.start..end).step_by(8) {
             let mut word = [0; 8];
-            word[..chunk.len()].copy_from_slice(chunk);
+            let len = (end - start).min(8) as usize;
+            if fetch::copy(ram, start, &mut word[..len]).is_none() {
+                break;
+            }
             hash = (hash.rotate_left(5) ^ u64::from_le_bytes(word)).wrapping_mul(0x100_0000_01b3);
         }
     }
@@ -86,7 +114,7 @@ impl Cpu {
         let linear = self.code_address(rip)?;
         let physical = self.translate_fetch(linear)?;
         let key = Key { pc: rip, physical, mode: self.mode };
-        if let Some(id) = self.cache.find(&key) {
+        if let Some(id) = self.current(&key) {
             match self.cache.block(id).and_then(|b| b.second_page) {
                 None => return Ok(id),
                 Some(page) => {
@@ -100,45 +128,84 @@ impl Cpu {
         self.translate_block(key, linear)
     }
 
+    /// The block under `key`, in the version for the code as it is now.
+    fn current(&self, key: &Key) -> Option<BlockId> {
+        let id = self.cache.find(key)?;
+        match self.cache.block(id)?.checks() {
+            None => Some(id),
+            Some(_) => self.fitting_version(key),
+        }
+    }
+
     fn translate_block(&mut self, key: Key, linear: u64) -> Result<BlockId, Exception> {
+        let mut desk = self.cache.desk.take().unwrap_or_default();
+        let result = loop {
+            match self.translate_on(&mut desk, key, linear) {
+                Ok(None) => self.flush_code(),
+                Ok(Some(id)) => break Ok(id),
+                Err(exception) => break Err(exception),
+            }
+        };
+        self.cache.desk = Some(desk);
+        result
+    }
+
+    /// Translates a block; `None` where the code cache is full.
+    fn translate_on(
+        &mut self,
+        desk: &mut Desk,
+        key: Key,
+        linear: u64,
+    ) -> Result<Option<BlockId>, Exception> {
+        self.prepare_checked(&key);
         self.claim_page(key.physical);
-        let mut run = self.fetch_run(key, linear)?;
-        if let Some(second) = run.second_page {
+        self.fetch_run(key, linear, &mut desk.run)?;
+        if let Some(second) = desk.run.second_page {
             self.claim_page(second);
             // Read again: the first reading may have missed a write that nobody told us of.
-            run = self.fetch_run(key, linear)?;
+            self.fetch_run(key, linear, &mut desk.run)?;
         }
-        let sources = self.sources(key, &run);
-        let digest = digest(&self.vm.ram, &sources);
-        loop {
-            let (emitted, instructions) = self.emit(key, &run);
-            let new = NewBlock {
-                key,
-                second_page: run.second_page.map(|p| p & !0xfff),
-                emitted,
-                instructions,
-                sources: sources.clone(),
-                digest,
-            };
-            if let Some(id) = self.cache.add(new, &mut self.cells) {
-                return Ok(id);
-            }
-            self.flush_code();
-            self.claim_page(key.physical);
-            if let Some(second) = run.second_page {
-                self.claim_page(second);
-            }
+        self.find_sources(key, desk);
+        let mut checks = self.checks(key, &desk.run);
+        if !checks.is_empty() {
+            self.generalise(&key, &mut checks, &desk.run.fields);
         }
+        // Only another vCPU can write without our notice.
+        let digest = match self.vm.mailboxes.len() {
+            1 => 0,
+            _ => digest(&self.vm.ram, &desk.sources),
+        };
+        let (emitted, instructions) = self.emit(key, desk, &checks);
+        let new = NewBlock {
+            key,
+            second_page: desk.run.second_page.map(|p| p & !0xfff),
+            emitted: &emitted,
+            instructions,
+            sources: &desk.sources,
+            digest,
+            checks,
+        };
+        let id = self.cache.add(new, &mut self.cells);
+        desk.buffers = Some(emitted.into_buffers());
+        Ok(id)
     }
 
     /// Tells everybody that this vCPU translates code on the page, so that writes to it are
     /// noticed: our own TLB forgets write access now, other vCPUs are asked to, and until they
-    /// answer the page is `unsure`.
+    /// answer the page is `unsure`. Pages whose blocks check their code need none of that.
     fn claim_page(&mut self, physical: u64) {
+        if self.cache.rewritten.checks(physical) {
+            return;
+        }
+        let mine = 1 << self.index;
+        match self.vm.ram.page(physical) {
+            Some(page) if page.code.load(Ordering::Relaxed) & mine == 0 => {}
+            _ => return,
+        }
         let vm = self.vm.clone();
         let Some(page) = vm.ram.page(physical) else { return };
-        let before = page.code.fetch_or(1 << self.index, Ordering::SeqCst);
-        if before >> self.index & 1 != 0 {
+        let before = page.code.fetch_or(mine, Ordering::SeqCst);
+        if before & mine != 0 {
             return;
         }
         self.tlb.forbid_writes(page.host as u64);
@@ -155,72 +222,94 @@ impl Cpu {
         }
     }
 
-    /// Bytes on which the block depends: its own, and those that flag liveness looked at.
-    fn sources(&self, key: Key, run: &Run) -> Vec<Source> {
-        let own = run.len.min(4096 - (key.physical & 0xfff) as usize);
-        let mut sources = vec![Source { start: key.physical, len: own as u16 }];
-        if let Some(second) = run.second_page {
-            sources.push(Source { start: second & !0xfff, len: (run.len - own) as u16 });
-        }
-        sources.extend_from_slice(&run.looked_at);
-        sources
+    /// Finds the bytes on whose watch the block depends: its own, and those that flag liveness
+    /// looked at.
+    fn find_sources(&self, key: Key, desk: &mut Desk) {
+        let watched = |s: &Source| !self.cache.rewritten.checks(s.start);
+        desk.sources.clear();
+        desk.sources.extend(desk.run.pieces(key).filter(watched));
+        desk.sources.extend_from_slice(&desk.run.looked_at);
     }
 
-    fn emit(&mut self, key: Key, run: &Run) -> (crate::emit::Emitted, Box<[Helped]>) {
-        let steps = &run.steps;
-        let mode = key.mode;
-        let helped: Box<[Helped]> = steps
+    /// What the block must check itself.
+    fn checks(&self, key: Key, run: &Run) -> Vec<Check> {
+        let mut checks = Vec::new();
+        let mut at = 0;
+        for Source { start, len } in run.pieces(key) {
+            let end = at + usize::from(len);
+            if self.cache.rewritten.checks(start)
+                && let Some(bytes) = run.bytes.get(at..end)
+                && let Some(host) = self.vm.ram.bytes(start, bytes.len())
+            {
+                let (bytes, variable) = (bytes.into(), Vec::new());
+                checks.push(Check { start, host: host as u64, bytes, variable });
+            }
+            at = end;
+        }
+        checks
+    }
+
+    fn emit(&mut self, key: Key, desk: &mut Desk, checks: &[Check]) -> (Emitted, Box<[Helped]>) {
+        let Desk { run, groups, operands, buffers, .. } = desk;
+        let helped: Box<[Helped]> = run
+            .steps
             .iter()
-            .filter(|s| may_need_help(s) || self.is_helped(s, mode))
+            .filter(|s| s.helped || s.may_need_help())
             .map(|s| Helped::new(s.insn))
             .collect();
-        let (first_edge, first_cell) = self.cache.next_numbers();
-        let context = Context {
-            mode,
-            pc: key.pc,
-            first_edge,
-            first_cell,
-            precise: self.vm.options.precise_flags,
-            bmi2: std::arch::is_x86_feature_detected!("bmi2"),
-            vectors: steps.iter().any(|s| s.class == Class::NativeVector),
-            linkable: !mode.step() && !mode.shadow(),
-        };
-        let live_in = steps.first().map_or(ALL, |s| s.live_before);
-        let poll = steps.last().is_some_and(|s| run.may_loop(s));
-        let mut operands = Operands::default();
-        let mut steps = steps.clone();
-        let groups = match self.cache.is_ungrouped(&key) {
-            true => Vec::new(),
-            false => groups::plan(&mut steps, mode, &mut operands),
-        };
-        let mut emitter = Emitter::new(context, &mut operands, groups, live_in, poll);
+        groups.clear();
+        if checks.is_empty() && !self.cache.is_ungrouped(&key) {
+            groups::plan(&mut run.steps, key.mode, operands, groups);
+        }
+        let context = self.context(key, run);
+        let live_in = run.steps.first().map_or(ALL, |s| s.live_before);
+        let last = run.steps.last();
+        let last_varies =
+            || run.steps.len().checked_sub(1).and_then(|n| variable(n, checks)).is_some();
+        let poll = last.is_some_and(|s| run.may_loop(s)) || last_varies();
+        let buffers = buffers.take().unwrap_or_default();
+        let mut emitter = Emitter::new(context, operands, groups, buffers, (live_in, poll), checks);
         let mut next_helped = helped.iter();
-        for step in &steps {
+        for (n, step) in run.steps.iter().enumerate() {
             emitter.begin(&step.insn, step.live_before, step.live_after);
-            emitter.set_members(step.operand, step.stack);
-            if self.is_helped(step, mode) {
-                if let Some(insn) = next_helped.next() {
-                    emitter.helper(insn);
+            emitter.set_members(step.operand, step.stack, continues_group(step));
+            if step.helped {
+                match next_helped.next() {
+                    Some(insn) if step.string => emitter.string(&step.insn, insn),
+                    Some(insn) => emitter.helper(insn),
+                    None => {}
                 }
                 continue;
             }
-            if may_need_help(step) {
+            if step.may_need_help() {
                 if let Some(help) = next_helped.next() {
                     emitter.system_with_help(&step.insn, help);
                 }
                 continue;
             }
-            emit_step(&mut emitter, step, run);
+            match variable(n, checks) {
+                Some(variable) => emit_variable(&mut emitter, step, variable),
+                None => emit_step(&mut emitter, step, run),
+            }
         }
-        if !steps.last().is_some_and(|s| is_transfer(s.class) && !self.is_helped(s, mode)) {
+        if !last.is_some_and(|s| is_transfer(s.class) && !s.helped) {
             emitter.go(run.next);
         }
         (emitter.finish(live_in), helped)
     }
 
-    /// Whether a helper executes the instruction in this mode.
-    fn is_helped(&self, step: &Step, mode: Mode) -> bool {
-        helped(step.class, &step.insn, mode)
+    fn context(&self, key: Key, run: &Run) -> Context {
+        let (first_edge, first_cell) = self.cache.next_numbers();
+        Context {
+            mode: key.mode,
+            pc: key.pc,
+            first_edge,
+            first_cell,
+            precise: self.vm.options.precise_flags,
+            bmi2: std::arch::is_x86_feature_detected!("bmi2"),
+            vectors: run.steps.iter().any(|s| s.class == Class::NativeVector),
+            linkable: !key.mode.step() && !key.mode.shadow(),
+        }
     }
 }
 
@@ -237,19 +326,11 @@ pub fn helped(class: Class, insn: &Instruction, mode: Mode) -> bool {
             let natural = if mode.is_64() { 8 } else { 4 };
             !stack::is_flat(mode) || insn.stack_pointer_increment().unsigned_abs() != natural
         }
-        Class::Native | Class::NativeVector => crate::fpu::fpu_allowed(mode, insn).is_err(),
+        Class::Native | Class::NativeVector => {
+            !facts::of(insn).general && crate::fpu::fpu_allowed(mode, insn).is_err()
+        }
         _ => false,
     }
-}
-
-/// Whether translated code handles this instruction itself, being that of a system.
-fn is_inline(step: &Step, mnemonic: Mnemonic) -> bool {
-    matches!(step.class, Class::System | Class::SystemEnd) && step.insn.mnemonic() == mnemonic
-}
-
-/// Whether translated code handles the instruction itself but for rare cases, which a helper does.
-fn may_need_help(step: &Step) -> bool {
-    [Mnemonic::Sti, Mnemonic::Stac, Mnemonic::Clac].iter().any(|&m| is_inline(step, m))
 }
 
 fn is_transfer(class: Class) -> bool {
@@ -265,10 +346,37 @@ fn is_transfer(class: Class) -> bool {
     )
 }
 
+/// Whether a step needs no RSP that is up to date.
+fn continues_group(step: &Step) -> bool {
+    matches!(step.class, Class::Push | Class::Pop | Class::Return)
+        && !step.helped
+        && Emitter::continues_group(&step.insn, step.stack)
+}
+
+/// Where the constant of step `n` is to be loaded from, if it varies.
+fn variable(n: usize, checks: &[Check]) -> Option<Variable> {
+    let check = checks.first()?;
+    let field = check.variable.iter().find(|f| usize::from(f.step) == n)?;
+    Some(Variable { host: check.host + u64::from(field.offset), len: field.len })
+}
+
+fn emit_variable(emitter: &mut Emitter<'_>, step: &Step, variable: Variable) {
+    match step.class {
+        Class::Jump | Class::Call => emitter.transfer_variable(&step.insn, variable),
+        _ => {
+            if emitter.native_variable(&step.insn, step.effect, variable).is_err() {
+                emitter.invalid();
+            }
+        }
+    }
+}
+
 fn emit_step(emitter: &mut Emitter<'_>, step: &Step, run: &Run) {
     let insn = &step.insn;
     let encoded = match step.class {
-        Class::Native | Class::NativeVector => emitter.native(insn, step.effect),
+        Class::Native | Class::NativeVector => {
+            emitter.native(insn, step.effect, run.bytes_of(insn))
+        }
         Class::BitString => emitter.bit_string(insn, step.effect),
         Class::MovOffset => emitter.mov_offset(insn),
         _ => {
