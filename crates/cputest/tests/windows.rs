@@ -405,3 +405,24 @@ fn page_faults_over_and_over_each_tell_their_own_address_and_state() {
         assert_eq!(pair[1] & 1, 1, "CF at fault {n}");
     }
 }
+
+#[test]
+fn pause_changes_nothing_however_often_it_comes() {
+    let mut guest = Guest::with_vcpus(Mode::LONG, 2).unwrap();
+    guest.code(at::CODE, |a| {
+        let mut again = a.create_label();
+        a.xor(ebx, ebx)?;
+        a.mov(ecx, 3000)?;
+        a.set_label(&mut again)?;
+        // CF goes through the PAUSE, and is counted.
+        a.bt(ecx, 0)?;
+        a.pause()?;
+        a.adc(ebx, 0)?;
+        a.dec(ecx)?;
+        a.jne(again)?;
+        a.mov(eax, ebx)?;
+        say(a)?;
+        done(a)
+    });
+    assert_eq!(guest.run().done(), [1500]);
+}

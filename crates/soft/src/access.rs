@@ -249,8 +249,7 @@ impl Cpu {
             self.lapic_write(physical, data);
             return;
         }
-        let vm = self.vm.clone();
-        let Some(page) = vm.ram.page(physical) else {
+        let Some(page) = self.vm.ram.page(physical) else {
             for (i, part) in data.chunks(64).enumerate() {
                 self.io().mmio_write(GuestPhysical(physical + 64 * i as u64), part);
             }
@@ -259,7 +258,7 @@ impl Cpu {
         if page.read_only {
             return;
         }
-        let Some(host) = vm.ram.bytes(physical, data.len()) else { return };
+        let Some(host) = self.vm.ram.bytes(physical, data.len()) else { return };
         // SAFETY: as in `physical_read`; the page is not read-only.
         unsafe { store_bytes(host, data) };
         if page.code.load(Ordering::SeqCst) != 0 {
@@ -312,8 +311,7 @@ impl Cpu {
                 return Ok(host);
             }
             let physical = self.translate(address, Want::Write, As::Current)?.physical;
-            let vm = self.vm.clone();
-            if let Some(page) = vm.ram.page(physical)
+            if let Some(page) = self.vm.ram.page(physical)
                 && !page.read_only
                 && !self.lapic.claims(physical)
             {

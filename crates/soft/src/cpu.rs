@@ -238,6 +238,8 @@ pub struct Cpu {
     pub outstanding: bool,
     /// One instruction at a time is run: no helper may go on with the next one.
     pub single: bool,
+    /// PAUSEs to go until the host's thread gives way: see `execute::pause`.
+    pub patience: u32,
     /// Base of CS for which links and jump caches were filled.
     pub jump_base: u64,
     /// Timer and signal stack of the thread in `Vcpu::run`.
@@ -251,6 +253,14 @@ pub struct Bounce(pub [u8; 128]);
 /// The machine's callbacks while `Vcpu::run` lasts.
 #[derive(Clone, Copy)]
 pub struct IoPointer(pub *const (dyn VcpuIo + 'static));
+
+/// Segments in 64-bit mode: only FS and GS have bases.
+const SEGMENTS64: [SegmentClass; 6] = {
+    let mut classes = [SegmentClass::Flat; 6];
+    classes[SegmentName::Fs as usize] = SegmentClass::Based;
+    classes[SegmentName::Gs as usize] = SegmentClass::Based;
+    classes
+};
 
 impl Cpu {
     /// A segment register.
@@ -305,29 +315,27 @@ impl Cpu {
         };
         let vm86 = self.rflags & rflags::VM != 0;
         let real = self.sys.cr0 & cr0::PE == 0 || vm86;
-        let mut bits = 0;
-        let mut set = |on: bool, bit: u32| bits |= if on { bit } else { 0 };
-        // In 64-bit mode SS means nothing: code entered by SYSCALL and by interrupts is the same.
-        let stack32 = self.segments[SegmentName::Ss as usize].db();
-        set(stack32 && code != CodeSize::Bits64, Mode::STACK32);
-        set(self.rflags & rflags::DF != 0, Mode::DOWN);
-        let step = self.rflags & rflags::TF != 0
-            || self.execution_breakpoints()
-            || self.data_breakpoints();
-        set(step, Mode::STEP);
-        set(self.sys.shadow, Mode::SHADOW);
-        set(self.sys.cr0 & cr0::TS != 0, Mode::TASK_SWITCHED);
-        set(self.sys.cr0 & cr0::EM != 0, Mode::EMULATE_FPU);
-        set(self.sys.cr0 & cr0::MP != 0, Mode::MONITOR_FPU);
-        set(self.sys.cr4 & cr4::OSFXSR != 0, Mode::SSE);
+        let bits64 = code == CodeSize::Bits64;
         let avx = xcr0::SSE | xcr0::AVX;
-        let avx_on = self.sys.cr4 & cr4::OSXSAVE != 0 && self.sys.xcr0 & avx == avx;
-        set(avx_on, Mode::AVX);
-        set(self.sys.cr4 & cr4::TSD != 0 && self.sys.cpl != 0, Mode::NO_TSC);
-        set(self.sys.cr4 & cr4::SMAP != 0, Mode::SMAP);
-        set(real, Mode::REAL_SEGMENTS);
-        set(vm86, Mode::VIRTUAL_8086);
-        let classes = self.segment_classes(code, real);
+        // In 64-bit mode SS means nothing: code entered by SYSCALL and by interrupts is the same.
+        let stack32 = !bits64 && self.segments[SegmentName::Ss as usize].db();
+        let bits = [
+            (stack32, Mode::STACK32),
+            (self.rflags & rflags::DF != 0, Mode::DOWN),
+            (self.rflags & rflags::TF != 0 || self.breakpoints(), Mode::STEP),
+            (self.sys.shadow, Mode::SHADOW),
+            (self.sys.cr0 & cr0::TS != 0, Mode::TASK_SWITCHED),
+            (self.sys.cr0 & cr0::EM != 0, Mode::EMULATE_FPU),
+            (self.sys.cr0 & cr0::MP != 0, Mode::MONITOR_FPU),
+            (self.sys.cr4 & cr4::OSFXSR != 0, Mode::SSE),
+            (self.sys.cr4 & cr4::OSXSAVE != 0 && self.sys.xcr0 & avx == avx, Mode::AVX),
+            (self.sys.cr4 & cr4::TSD != 0 && self.sys.cpl != 0, Mode::NO_TSC),
+            (self.sys.cr4 & cr4::SMAP != 0, Mode::SMAP),
+            (real, Mode::REAL_SEGMENTS),
+            (vm86, Mode::VIRTUAL_8086),
+        ];
+        let bits = bits.iter().fold(0, |all, &(on, bit)| all | if on { bit } else { 0 });
+        let classes = if bits64 { SEGMENTS64 } else { self.segment_classes(real) };
         self.mode = Mode::new(code, self.sys.cpl, self.mmu_index(), classes, bits);
     }
 
@@ -342,13 +350,9 @@ impl Cpu {
         }
     }
 
-    fn segment_classes(&self, code: CodeSize, real: bool) -> [SegmentClass; 6] {
+    /// Outside 64-bit mode.
+    fn segment_classes(&self, real: bool) -> [SegmentClass; 6] {
         let mut classes = [SegmentClass::Flat; 6];
-        if code == CodeSize::Bits64 {
-            classes[SegmentName::Fs as usize] = SegmentClass::Based;
-            classes[SegmentName::Gs as usize] = SegmentClass::Based;
-            return classes;
-        }
         for name in SegmentName::ALL {
             let segment = self.segment(name);
             classes[name as usize] = if segment.limit != u32::MAX
@@ -365,14 +369,17 @@ impl Cpu {
         classes
     }
 
-    /// Whether DR7 enables a breakpoint on instruction execution.
-    pub fn execution_breakpoints(&self) -> bool {
-        let dr7 = self.sys.debug[5];
-        (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0)
+    /// Whether DR7 enables any breakpoint.
+    fn breakpoints(&self) -> bool {
+        self.sys.debug[5] & 0xff != 0
     }
 
     /// Whether DR7 enables a breakpoint on data or port accesses.
+    #[inline]
     pub fn data_breakpoints(&self) -> bool {
+        if !self.breakpoints() {
+            return false;
+        }
         let dr7 = self.sys.debug[5];
         (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 != 0)
     }

@@ -37,6 +37,7 @@ pub fn handler(insn: &Instruction) -> Handler {
         M::Sysret | M::Sysretq => syscall::sysret,
         M::In | M::Out => ports::in_out,
         M::Mov => moves,
+        M::Pause => |cpu, _| Ok(pause(cpu)),
         _ => dispatch,
     }
 }
@@ -151,6 +152,20 @@ fn data_instruction(cpu: &mut Cpu, insn: &Instruction) -> Done {
             Err(Exception::INVALID_OPCODE)
         }
     }
+}
+
+/// So many PAUSEs in a row may wait for a vCPU that has a host CPU: an interprocessor interrupt
+/// arrives within a few microseconds.
+const PATIENCE: u32 = 256;
+
+/// PAUSE, where the guest has executed [`PATIENCE`] of them since this was last called. What it
+/// waits for is likely to be a vCPU whose thread has no host CPU now, so ours gives way.
+fn pause(cpu: &mut Cpu) -> Flow {
+    cpu.patience = PATIENCE;
+    if cpu.vm.mailboxes.len() > 1 && !cpu.wanted() {
+        std::thread::yield_now();
+    }
+    Flow::Next
 }
 
 /// MOV with a control, debug or segment register (the others are translated).

@@ -6,7 +6,7 @@ use crate::mmu::Want;
 use crate::thunks::exit;
 use crate::translate::classify::{Class, classify};
 use arch::SegmentName;
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What a site of translated code tells about its access: one word.
@@ -68,6 +68,8 @@ impl Helped {
     pub fn new(insn: Instruction) -> Self {
         let run: Handler = match classify(&insn) {
             Class::Invalid => |_, _| Err(Exception::INVALID_OPCODE),
+            // Native in itself, but for the times when it does not go on at once.
+            Class::Native if insn.mnemonic() == Mnemonic::Pause => crate::execute::handler(&insn),
             Class::Helper | Class::HelperEnd | Class::ReadTsc => crate::execute::handler(&insn),
             // A native class comes here only where the FPU is not to be used: the exception.
             Class::Native | Class::NativeVector => {

@@ -50,6 +50,8 @@ pub const fn jump_mode(mmu: usize) -> Mem {
 }
 /// Whether an interrupt may wait.
 pub const OUTSTANDING: Mem = Mem::cpu(offset_of!(Cpu, outstanding));
+/// PAUSEs to go.
+pub const PATIENCE: Mem = Mem::cpu(offset_of!(Cpu, patience));
 /// CR2.
 pub const CR2: Mem = Mem::cpu(offset_of!(Cpu, sys) + offset_of!(System, cr2));
 /// IA32_KERNEL_GS_BASE.

@@ -1,5 +1,5 @@
-//! System instructions of privileged 64-bit code that need no helper: those that kernels execute
-//! at every entry and exit, around every critical section and at every access to user memory.
+//! System instructions that need no helper: those that kernels execute at every entry and exit,
+//! around every critical section and at every access to user memory, and while they wait.
 use super::asm::{Fixup, Mem, Reg, Width, cc, op};
 use super::layout::{self, ADDRESS, RAW_FLAGS, SCRATCH};
 use super::stack::Source;
@@ -16,6 +16,7 @@ use iced_x86::{Instruction, Mnemonic};
 mod group1 {
     pub const OR: u8 = 1;
     pub const AND: u8 = 4;
+    pub const SUB: u8 = 5;
     pub const CMP: u8 = 7;
 }
 
@@ -57,13 +58,14 @@ impl Emitter<'_> {
         self.asm.store(Width::W64, gs, SCRATCH);
     }
 
-    /// STI, STAC and CLAC; `helped` does them where that is not so simple.
+    /// STI, STAC, CLAC and PAUSE; `helped` does them where that is not so simple.
     pub fn system_with_help(&mut self, insn: &Instruction, helped: *const Helped) {
         self.holds = None;
         self.free_flags(ALL);
         let fixups = match insn.mnemonic() {
             Mnemonic::Stac => [Some(self.switch(true)), None],
             Mnemonic::Clac => [Some(self.switch(false)), None],
+            Mnemonic::Pause => [Some(self.pause()), None],
             _ => self.sti().map(Some),
         };
         let position = self.positions.len() - 1;
@@ -83,6 +85,14 @@ impl Emitter<'_> {
         let wanted = self.asm.jcc(cc::S);
         self.flag_on(rflags::IF);
         [waits, wanted]
+    }
+
+    /// PAUSE; help is needed where the guest has waited for long.
+    fn pause(&mut self) -> Fixup {
+        self.asm.raw(&[0xf3, 0x90]);
+        self.asm.rm(Width::W32, &[0x83], Reg(group1::SUB), layout::PATIENCE);
+        self.asm.raw(&[1]);
+        self.asm.jcc(cc::S)
     }
 
     pub(super) fn place_helper(

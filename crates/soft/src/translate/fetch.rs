@@ -324,6 +324,7 @@ fn refine(insn: &Instruction, mode: Mode) -> Class {
         Code::Swapgs | Code::Cli | Code::Sti | Code::Pushfq if system => Class::System,
         Code::Mov_r64_cr if system && insn.op1_register() == Register::CR2 => Class::System,
         Code::Stac | Code::Clac if system && mode.smap() => Class::SystemEnd,
+        Code::Pause if !mode.step() && !mode.shadow() => Class::System,
         _ => class,
     }
 }

@@ -54,7 +54,9 @@ impl Step {
 
     /// Whether translated code handles it itself but for rare cases, which a helper does.
     fn may_need_help(&self) -> bool {
-        [Mnemonic::Sti, Mnemonic::Stac, Mnemonic::Clac].iter().any(|&m| self.is_inline(m))
+        const SOME: [Mnemonic; 4] =
+            [Mnemonic::Sti, Mnemonic::Stac, Mnemonic::Clac, Mnemonic::Pause];
+        SOME.iter().any(|&m| self.is_inline(m))
     }
 }
 
