@@ -112,14 +112,14 @@ fn memory(report: &mut Report, files: &Files) {
     let mode = transparent.as_deref().and_then(|text| text.split(['[', ']']).nth(1));
     let text = match mode {
         Some("always") => "used for guests' memory where they fit",
-        Some("madvise") => "only where a program asks for them, which bv does not",
+        Some("madvise") => "only where a program asks for them, as the soft engine does",
         Some("never") => "switched off",
         _ => "not known to this kernel",
     };
     report.fact("huge pages", text);
-    if matches!(mode, Some("madvise" | "never")) {
+    if mode == Some("never") {
         report.advice(
-            "faster guests: `echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled`",
+            "faster guests: `echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled`",
         );
     }
     let pool = files.field("/proc/meminfo", "HugePages_Total").filter(|pages| pages != "0");
