@@ -31,12 +31,21 @@ const fn limit(test: &'static str, shows: &'static str, reason: &'static str) ->
     Limit { test, place: Where::NoHardware, reason, shows }
 }
 
+const fn without_pcid(test: &'static str) -> Limit {
+    Limit {
+        test,
+        place: Where::Without(Feature::Pcid),
+        reason: "it does not offer PCID",
+        shows: "KVM does not take the control registers",
+    }
+}
+
 const GATES: &str = "user code runs natively, where the guest's gates do not exist: #UD or #GP";
 const PAGING: &str = "outside long mode, addresses are not translated";
 const BREAKPOINTS: &str = "its emulator does not look at the debug registers";
 const LATE: &str = "its emulator looks for interrupts only after several instructions";
 
-const LIMITS: [Limit; 28] = [
+const LIMITS: [Limit; 41] = [
     // Transfers of control from user code.
     limit("a_call_gate_copies_parameters_and_retf_drops_them", "left: []", GATES),
     limit("a_64_bit_call_gate_enters_the_kernel_and_retfq_leaves_it", "left: []", GATES),
@@ -83,12 +92,32 @@ const LIMITS: [Limit; 28] = [
         reason: "it does not offer LA57",
         shows: "the state needs la57",
     },
-    Limit {
-        test: "two_address_spaces_with_and_without_pcid_stay_apart",
-        place: Where::Without(Feature::Pcid),
-        reason: "it does not offer PCID",
-        shows: "KVM does not take the control registers",
-    },
+    without_pcid("two_address_spaces_with_and_without_pcid_stay_apart"),
+    without_pcid("a_write_to_cr3_without_the_keep_bit_forgets_the_space_it_goes_to"),
+    without_pcid("an_identifier_given_to_another_space_brings_nothing_of_the_first"),
+    without_pcid("code_rewritten_in_another_space_is_new_on_return"),
+    without_pcid("each_space_sees_its_own_page_however_often_they_alternate"),
+    without_pcid("every_form_of_invpcid_reaches_a_space_that_is_not_the_present_one"),
+    without_pcid("every_form_of_invpcid_reaches_the_present_space"),
+    without_pcid("global_pages_are_forgotten_by_invlpg_and_by_turning_them_off"),
+    without_pcid("invpcid_refuses_forms_identifiers_and_addresses_that_do_not_exist"),
+    limit(
+        "without_identifiers_every_write_to_cr3_forgets_all_but_global_pages",
+        "left: Exception(Exception { vector: 6",
+        GATES,
+    ),
+    limit("popf_and_iret_take_a_waiting_interrupt_before_the_next_instruction", "left: []", LATE),
+    limit(
+        "sti_at_the_end_of_a_page_holds_interrupts_off_until_after_the_next_instruction",
+        "left: []",
+        LATE,
+    ),
+    limit("sti_lets_exactly_one_more_instruction_through", "left: []", LATE),
+    limit(
+        "sysret_takes_a_waiting_interrupt_before_the_first_user_instruction",
+        "left: Exception(Exception { vector: 14",
+        "SYSCALL of native user code jumps to LSTAR without leaving user mode",
+    ),
     // Checks that the emulator leaves out.
     limit(
         "addresses_that_are_not_canonical_raise_gp_or_for_the_stack_ss",

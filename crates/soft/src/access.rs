@@ -6,6 +6,7 @@ use crate::debug::data_hits;
 use crate::exception::Exception;
 use crate::mmu::{As, Want};
 use crate::mode::MmuIndex;
+use crate::tlb::Right;
 use arch::{GuestPhysical, SegmentName};
 use std::sync::atomic::Ordering;
 
@@ -67,7 +68,7 @@ impl Cpu {
     /// As [`Cpu::load`].
     pub fn load_value(&mut self, address: u64, size: usize, who: As) -> Result<u64, Exception> {
         let mut bytes = [0; 8];
-        if let Some(host) = self.quick(address, size, false, who) {
+        if let Some(host) = self.quick(address, size, false, who)? {
             // SAFETY: `quick` returned the host address of `size` bytes of guest RAM.
             unsafe { std::ptr::copy_nonoverlapping(host as *const u8, bytes.as_mut_ptr(), size) };
         } else {
@@ -88,7 +89,7 @@ impl Cpu {
         who: As,
     ) -> Result<(), Exception> {
         let bytes = value.to_le_bytes();
-        if let Some(host) = self.quick(address, size, true, who) {
+        if let Some(host) = self.quick(address, size, true, who)? {
             // SAFETY: as in `load_value`, and the TLB's write table holds only writable RAM.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host as *mut u8, size) };
             return Ok(());
@@ -155,11 +156,30 @@ impl Cpu {
         Ok(self.fill_tlb(address, want)?.map(|host| (host as *mut u8, left)))
     }
 
-    fn quick(&self, address: u64, size: usize, write: bool, who: As) -> Option<u64> {
-        if who != As::Current || (address & 0xfff) as usize + size > 4096 {
-            return None;
+    /// The host address of `size` bytes within a page of RAM, if they can be accessed there
+    /// without further ado.
+    ///
+    /// # Errors
+    /// #PF.
+    fn quick(
+        &mut self,
+        address: u64,
+        size: usize,
+        write: bool,
+        who: As,
+    ) -> Result<Option<u64>, Exception> {
+        let mmu = match who {
+            As::Current => self.mode.mmu(),
+            As::System => MmuIndex::Supervisor,
+        };
+        // A misaligned operand's #AC comes before its page fault.
+        if pieces(address, size) < size || mmu == MmuIndex::Aligned {
+            return Ok(None);
         }
-        self.tlb.probe(self.mode.mmu(), write, address)
+        match self.tlb.probe(mmu, write, address) {
+            Some(host) => Ok(Some(host)),
+            None => self.fill(address, Right { mmu, write }, who),
+        }
     }
 
     /// AMD's MXCSR.MM: unaligned operands of legacy SSE instructions are allowed.
@@ -225,8 +245,7 @@ impl Cpu {
             self.lapic_write(physical, data);
             return;
         }
-        let vm = self.vm.clone();
-        let Some(page) = vm.ram.page(physical) else {
+        let Some(page) = self.vm.ram.page(physical) else {
             for (i, part) in data.chunks(64).enumerate() {
                 self.io().mmio_write(GuestPhysical(physical + 64 * i as u64), part);
             }
@@ -235,8 +254,8 @@ impl Cpu {
         if page.read_only {
             return;
         }
-        let Some(host) = vm.ram.bytes(physical, data.len()) else { return };
-        vm.dirty.note(physical);
+        let Some(host) = self.vm.ram.bytes(physical, data.len()) else { return };
+        self.vm.dirty.note(physical);
         // SAFETY: as in `physical_read`; the page is not read-only.
         unsafe { store_bytes(host, data) };
         if page.code.load(Ordering::SeqCst) != 0 {
@@ -289,15 +308,14 @@ impl Cpu {
                 return Ok(host);
             }
             let physical = self.translate(address, Want::Write, As::Current)?.physical;
-            let vm = self.vm.clone();
-            if let Some(page) = vm.ram.page(physical)
+            if let Some(page) = self.vm.ram.page(physical)
                 && !page.read_only
                 && !self.lapic.claims(physical)
             {
                 if page.code.load(Ordering::SeqCst) != 0 {
                     self.pending_write = PendingWrite::Code(physical, size);
                 }
-                vm.dirty.note(physical);
+                self.vm.dirty.note(physical);
                 return Ok(page.host as u64 + (physical & 0xfff));
             }
         }

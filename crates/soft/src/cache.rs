@@ -1,17 +1,21 @@
 //! Translated blocks of one vCPU: finding them, linking them to each other, and throwing them
 //! away when the guest changes the code they were made from.
+mod links;
+
 use crate::codemem::CodeMemory;
 use crate::cpu::CELLS;
 use crate::emit::{EdgeKind, Emitted, Position};
+use crate::helpers::Helped;
 use crate::mode::Mode;
 use crate::rewritten::{Check, Rewritten};
 use crate::translate::Desk;
 use crate::translate::flags::Flags;
 use engine::EngineError;
-use iced_x86::Instruction;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
+
+pub use links::FarLink;
 
 /// Index of a block in [`CodeCache::blocks`].
 pub type BlockId = u32;
@@ -54,7 +58,7 @@ pub struct Block {
     positions: Range<u32>,
     sources: Range<u32>,
     /// Instructions that helpers execute; translated code holds pointers to them.
-    _instructions: Box<[Instruction]>,
+    _instructions: Box<[Helped]>,
     /// Digest of the guest bytes in `sources`.
     digest: u64,
     /// What the block compares itself, if it is a version of rewritten code.
@@ -132,7 +136,7 @@ pub struct NewBlock<'a> {
     /// Code.
     pub emitted: &'a Emitted,
     /// Instructions that helpers execute.
-    pub instructions: Box<[Instruction]>,
+    pub instructions: Box<[Helped]>,
     /// Where the code came from.
     pub sources: &'a [Source],
     /// Digest of those bytes.
@@ -154,8 +158,10 @@ pub struct CodeCache {
     misses: HashMap<u64, Misses, BuildHasherDefault<Mix>>,
     /// Pages that are no longer watched.
     pub rewritten: Rewritten,
-    /// Far edges whose cells are filled, and whether the target's page is global.
-    far: Vec<(u32, bool)>,
+    /// Links that are made and depend on translations of global pages.
+    far_global: Vec<FarLink>,
+    /// Those that depend on others, of the present address space.
+    far_local: Vec<FarLink>,
     /// Translated code was invalidated since this was last cleared.
     pub touched: bool,
     /// Blocks whose groups cross pages again and again: they do without.
@@ -187,7 +193,8 @@ impl CodeCache {
             pages: HashMap::default(),
             misses: HashMap::default(),
             rewritten: Rewritten::default(),
-            far: Vec::new(),
+            far_global: Vec::new(),
+            far_local: Vec::new(),
             touched: false,
             ungrouped: HashSet::default(),
             worn_out: None,
@@ -205,6 +212,11 @@ impl CodeCache {
     /// Looks a block up.
     pub fn find(&self, key: &Key) -> Option<BlockId> {
         self.map.get(key).copied()
+    }
+
+    /// The flags that the block under `key` wants in their place; none if there is no block.
+    pub fn live_in(&self, key: &Key) -> Flags {
+        self.find(key).and_then(|id| self.block(id)).map_or(0, |b| b.live_in)
     }
 
     /// A block.
@@ -291,90 +303,9 @@ impl CodeCache {
         self.edges.get(edge as usize).map_or(0, |e| e.stub)
     }
 
-    /// Makes an edge jump straight to a block. If the code there has changed since the edge was
-    /// made, and now wants flags that the edge does not keep, the edge's own block is thrown away
-    /// instead, to be translated anew.
-    pub fn link(&mut self, edge: u32, target: BlockId, global: bool, cells: &mut [u64; CELLS]) {
-        let Some(&Edge { block, kind, live, .. }) = self.edges.get(edge as usize) else { return };
-        if self.blocks.get(target as usize).is_some_and(|to| to.live_in & !live != 0) {
-            self.kill(block, cells);
-            return;
-        }
-        if !self.blocks.get(block as usize).is_some_and(|b| b.alive) {
-            return;
-        }
-        self.detach(edge);
-        let origin = self.blocks[block as usize].entry;
-        let Some(to) = self.blocks.get_mut(target as usize) else { return };
-        match kind {
-            EdgeKind::Always => return,
-            // Versions are tried in one order, so that the search ends.
-            EdgeKind::Stale(_) if target <= block => return,
-            // An instruction that crosses a page must be looked up through both translations.
-            EdgeKind::Near(_) | EdgeKind::Stale(_) if to.second_page.is_some() => return,
-            EdgeKind::Near(at) | EdgeKind::Stale(at) => {
-                self.memory.patch(origin + u64::from(at), to.entry);
-            }
-            EdgeKind::Far(cell) => {
-                if let Some(slot) = cells.get_mut(cell as usize) {
-                    *slot = to.entry;
-                }
-                self.far.push((edge, global));
-            }
-        }
-        let first = std::mem::replace(&mut to.incoming, edge);
-        if let Some(e) = self.edges.get_mut(first as usize) {
-            e.previous = edge;
-        }
-        if let Some(e) = self.edges.get_mut(edge as usize) {
-            (e.to, e.next, e.previous) = (target, first, NONE);
-        }
-    }
-
-    /// Takes an edge out of the list of the block it is linked to.
-    fn detach(&mut self, edge: u32) {
-        let Some(e) = self.edges.get_mut(edge as usize) else { return };
-        let (to, next, previous) = (e.to, e.next, e.previous);
-        (e.to, e.next, e.previous) = (NONE, NONE, NONE);
-        if let Some(e) = self.edges.get_mut(next as usize) {
-            e.previous = previous;
-        }
-        if let Some(e) = self.edges.get_mut(previous as usize) {
-            e.next = next;
-        } else if let Some(block) = self.blocks.get_mut(to as usize) {
-            block.incoming = next;
-        }
-    }
-
-    fn unlink(&mut self, edge: u32, cells: &mut [u64; CELLS]) {
-        let Some(&Edge { block, kind, stub, .. }) = self.edges.get(edge as usize) else { return };
-        self.detach(edge);
-        match kind {
-            EdgeKind::Always => {}
-            EdgeKind::Near(at) | EdgeKind::Stale(at) => {
-                let origin = self.blocks.get(block as usize).map_or(0, |b| b.entry);
-                self.memory.patch(origin + u64::from(at), stub);
-            }
-            EdgeKind::Far(cell) => {
-                if let Some(slot) = cells.get_mut(cell as usize) {
-                    *slot = stub;
-                }
-            }
-        }
-    }
-
-    /// Empties the cells of far edges: translations of guest addresses have changed, those of
-    /// global pages only if `all`.
-    pub fn unlink_far(&mut self, all: bool, cells: &mut [u64; CELLS]) {
-        let mut far = std::mem::take(&mut self.far);
-        far.retain(|&(edge, global)| {
-            if global && !all {
-                return true;
-            }
-            self.unlink(edge, cells);
-            false
-        });
-        self.far = far;
+    /// A block that was not thrown away.
+    pub fn alive(&self, id: BlockId) -> Option<&Block> {
+        self.blocks.get(id as usize).filter(|b| b.alive)
     }
 
     /// Throws a block away; returns its guest address.
@@ -519,7 +450,8 @@ impl CodeCache {
         self.pages.clear();
         self.misses.clear();
         self.rewritten = Rewritten::default();
-        self.far.clear();
+        self.far_global.clear();
+        self.far_local.clear();
         self.unsure.clear();
         self.ungrouped.clear();
         self.worn_out = None;

@@ -32,6 +32,14 @@ fn leave(cpu: &mut Cpu) -> Done {
     Ok(Flow::Leave)
 }
 
+/// Ends an instruction that made the CPU forget translations, of one page or of many that are not
+/// global: code in another global page goes on.
+fn end_flush(cpu: &mut Cpu, page: Option<u64>) -> Done {
+    cpu.serialize();
+    let safe = cpu.fetched_from_global(cpu.rip) && page.is_none_or(|p| p >> 12 != cpu.rip >> 12);
+    Ok(if safe && cpu.mode.is_64() { Flow::Next } else { Flow::Leave })
+}
+
 /// MOV to and from a control register.
 pub(crate) fn mov_cr(cpu: &mut Cpu, insn: &Instruction, write: bool) -> Done {
     let (control, general) = if write {
@@ -61,11 +69,15 @@ pub(crate) fn mov_cr(cpu: &mut Cpu, insn: &Instruction, write: bool) -> Done {
     match control {
         Register::CR0 => set_cr0(cpu, value)?,
         Register::CR2 => cpu.sys.cr2 = value,
-        Register::CR3 => set_cr3(cpu, value)?,
+        Register::CR3 => {
+            set_cr3(cpu, value)?;
+            return end_flush(cpu, None);
+        }
         Register::CR4 => set_cr4(cpu, value)?,
         _ => {
             fault_if(value > 15)?;
             cpu.lapic.set_cr8(value);
+            cpu.outstanding = true;
         }
     }
     leave(cpu)
@@ -114,10 +126,13 @@ fn check_pdptes(cpu: &Cpu, cr3: u64) -> Result<(), Exception> {
 
 fn set_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
     let mut value = value;
+    let (mut pcid, mut keep) = (0, false);
     if cpu.long_mode() {
         if cpu.sys.cr4 & cr4::PCIDE != 0 {
-            // Bit 63 permits to keep translations; dropping them is always allowed.
+            // Bit 63: translations of the space stay valid (Intel SDM 3A 4.10.4.1).
+            keep = value >> 63 != 0;
             value &= !(1 << 63);
+            pcid = (value & 0xfff) as u16;
         }
         fault_if(value >> PHYSICAL_BITS != 0)?;
     } else {
@@ -127,7 +142,7 @@ fn set_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
         }
     }
     cpu.sys.cr3 = value;
-    cpu.flush_tlb_non_global();
+    cpu.switch_space(pcid, keep);
     Ok(())
 }
 
@@ -237,11 +252,11 @@ pub(crate) fn invlpg(cpu: &mut Cpu, insn: &Instruction) -> Done {
     if !cpu.long_mode() || cpu.canonical(address) {
         cpu.flush_tlb_page(address);
     }
-    cpu.serialize();
-    Ok(Flow::Leave)
+    end_flush(cpu, Some(address))
 }
 
-/// INVPCID: TLBs are not tagged, so all but the single-address form forget everything.
+/// INVPCID (Intel SDM 2A). Forms 0 to 3 forget a page of a space, a space, everything, and
+/// everything but global pages.
 pub(crate) fn invpcid(cpu: &mut Cpu, insn: &Instruction) -> Done {
     cpu.need_cpl0()?;
     let form = cpu.register(insn.op0_register());
@@ -252,13 +267,20 @@ pub(crate) fn invpcid(cpu: &mut Cpu, insn: &Instruction) -> Done {
         let disabled = cpu.sys.cr4 & cr4::PCIDE == 0 && pcid & 0xfff != 0;
         fault_if(pcid >> 12 != 0 || disabled)?;
     }
-    if form == 0 {
-        fault_if(!cpu.canonical(address))?;
-        cpu.flush_tlb_page(address);
-    } else {
-        cpu.flush_tlb();
+    match form {
+        0 => {
+            fault_if(!cpu.canonical(address))?;
+            cpu.flush_page_of(pcid as u16, address);
+            return end_flush(cpu, Some(address));
+        }
+        1 => cpu.flush_space(pcid as u16),
+        2 => cpu.flush_tlb(),
+        _ => {
+            cpu.flush_kept();
+            cpu.flush_local();
+        }
     }
-    Ok(Flow::Leave)
+    end_flush(cpu, None)
 }
 
 /// RDTSC, RDTSCP, RDPID.

@@ -7,8 +7,9 @@
 use crate::cache::CodeCache;
 use crate::exception::Exception;
 use crate::lapic::Lapic;
-use crate::mmu::{ExecTlb, Tlb};
 use crate::mode::{CodeSize, MmuIndex, Mode, SegmentClass};
+use crate::space::Spaces;
+use crate::tlb::{ExecTlb, Tlb, Walked};
 use crate::vm::VmShared;
 use arch::registers::{cr0, cr4, efer, rflags, xcr0};
 use arch::{DescriptorTable, FpuState, InDelivery, Msrs, Segment, SegmentName, msr};
@@ -17,21 +18,48 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 /// Entries of a jump cache: a power of two.
-pub const JUMP_CACHE_ENTRIES: usize = 1024;
+pub const JUMP_CACHE_ENTRIES: usize = 4096;
 
 /// Where translated code of guest addresses starts: for indirect jumps.
 #[repr(C)]
 pub struct JumpCache {
-    /// Guest address in each slot (see [`jump_slot`]); an empty one holds another slot's address.
+    /// Guest address in each slot, which is one of its two; what an empty slot holds is in neither.
     pub pcs: [u64; JUMP_CACHE_ENTRIES],
     /// Host address to jump to, guest flags being in `raw_flags`.
     pub hosts: [u64; JUMP_CACHE_ENTRIES],
 }
 
-/// The slot of a guest address in a jump cache; `emit::control` computes the same.
+impl JumpCache {
+    /// The slot that holds `pc`.
+    #[inline]
+    pub fn find(&self, pc: u64) -> Option<usize> {
+        let slot = jump_slot(pc);
+        [slot, slot ^ 1].into_iter().find(|&s| self.pcs[s] == pc)
+    }
+
+    /// The slot to put `pc` into, which is not there: an empty one, else `turn` decides which one
+    /// of the two.
+    pub fn place(&self, pc: u64, turn: u32) -> usize {
+        let first = jump_slot(pc);
+        let empty = |s: &usize| self.pcs[*s] == EMPTY_JUMPS[*s];
+        let any = first ^ (turn & 1) as usize;
+        [first, first ^ 1].into_iter().find(empty).unwrap_or(any)
+    }
+}
+
+/// The first slot of a guest address in a jump cache, where `emit::control` looks; the other one,
+/// where `thunks::leave_indirect` does, differs in the lowest bit.
 pub const fn jump_slot(pc: u64) -> usize {
     (pc ^ (pc & 0xffff_ffff) >> 5) as usize & (JUMP_CACHE_ENTRIES - 1)
 }
+
+/// What empty slots of a jump cache hold: guest addresses that belong to other slots.
+pub static EMPTY_JUMPS: [u64; JUMP_CACHE_ENTRIES] = {
+    let mut pcs = [0; JUMP_CACHE_ENTRIES];
+    pcs[0] = 2;
+    pcs[1] = 2;
+    pcs
+};
 
 /// Link cells for jumps that leave a page: see `links`.
 pub const CELLS: usize = 1 << 17;
@@ -175,10 +203,16 @@ pub struct Cpu {
     pub sys: System,
     /// The mode for which the present code was looked up; `update_mode` derives it.
     pub mode: Mode,
+    /// How often one of `jumps` missed.
+    pub jump_misses: u32,
     /// Modes of the entries in `jumps`.
     pub jump_modes: [Mode; MmuIndex::COUNT],
-    /// Which of `jumps` hold addresses of pages that are not global.
+    /// Which of `jumps` hold addresses of pages that are not global, without a list of them.
     pub jumps_volatile: [bool; MmuIndex::COUNT],
+    /// Address spaces.
+    pub spaces: Spaces,
+    /// Results of page walks.
+    pub walked: Walked,
     /// Guest-linear to physical, for instruction fetches.
     pub exec_tlb: ExecTlb,
     /// Translated code.
@@ -207,6 +241,13 @@ pub struct Cpu {
     pub plain: bool,
     /// What a debugger outside the guest asked for.
     pub outside: crate::debug::Outside,
+    /// An interrupt or NMI may wait to be delivered: whatever might open a window for it must go
+    /// back to the run loop.
+    pub outstanding: bool,
+    /// One instruction at a time is run: no helper may go on with the next one.
+    pub single: bool,
+    /// PAUSEs to go until the host's thread gives way: see `execute::pause`.
+    pub patience: u32,
     /// Base of CS for which links and jump caches were filled.
     pub jump_base: u64,
     /// Timer and signal stack of the thread in `Vcpu::run`.
@@ -220,6 +261,14 @@ pub struct Bounce(pub [u8; 128]);
 /// The machine's callbacks while `Vcpu::run` lasts.
 #[derive(Clone, Copy)]
 pub struct IoPointer(pub *const (dyn VcpuIo + 'static));
+
+/// Segments in 64-bit mode: only FS and GS have bases.
+const SEGMENTS64: [SegmentClass; 6] = {
+    let mut classes = [SegmentClass::Flat; 6];
+    classes[SegmentName::Fs as usize] = SegmentClass::Based;
+    classes[SegmentName::Gs as usize] = SegmentClass::Based;
+    classes
+};
 
 impl Cpu {
     /// A segment register.
@@ -274,28 +323,31 @@ impl Cpu {
         };
         let vm86 = self.rflags & rflags::VM != 0;
         let real = self.sys.cr0 & cr0::PE == 0 || vm86;
-        let mut bits = 0;
-        let mut set = |on: bool, bit: u32| bits |= if on { bit } else { 0 };
-        set(self.segments[SegmentName::Ss as usize].db(), Mode::STACK32);
-        set(self.rflags & rflags::DF != 0, Mode::DOWN);
+        let bits64 = code == CodeSize::Bits64;
         let step = self.stepping
             || self.rflags & rflags::TF != 0
-            || self.execution_breakpoints()
-            || self.data_breakpoints()
+            || self.breakpoints()
             || self.outside.is_active();
-        set(step, Mode::STEP);
-        set(self.sys.shadow, Mode::SHADOW);
-        set(self.sys.cr0 & cr0::TS != 0, Mode::TASK_SWITCHED);
-        set(self.sys.cr0 & cr0::EM != 0, Mode::EMULATE_FPU);
-        set(self.sys.cr0 & cr0::MP != 0, Mode::MONITOR_FPU);
-        set(self.sys.cr4 & cr4::OSFXSR != 0, Mode::SSE);
         let avx = xcr0::SSE | xcr0::AVX;
-        let avx_on = self.sys.cr4 & cr4::OSXSAVE != 0 && self.sys.xcr0 & avx == avx;
-        set(avx_on, Mode::AVX);
-        set(self.sys.cr4 & cr4::TSD != 0 && self.sys.cpl != 0, Mode::NO_TSC);
-        set(real, Mode::REAL_SEGMENTS);
-        set(vm86, Mode::VIRTUAL_8086);
-        let classes = self.segment_classes(code, real);
+        // In 64-bit mode SS means nothing: code entered by SYSCALL and by interrupts is the same.
+        let stack32 = !bits64 && self.segments[SegmentName::Ss as usize].db();
+        let bits = [
+            (stack32, Mode::STACK32),
+            (self.rflags & rflags::DF != 0, Mode::DOWN),
+            (step, Mode::STEP),
+            (self.sys.shadow, Mode::SHADOW),
+            (self.sys.cr0 & cr0::TS != 0, Mode::TASK_SWITCHED),
+            (self.sys.cr0 & cr0::EM != 0, Mode::EMULATE_FPU),
+            (self.sys.cr0 & cr0::MP != 0, Mode::MONITOR_FPU),
+            (self.sys.cr4 & cr4::OSFXSR != 0, Mode::SSE),
+            (self.sys.cr4 & cr4::OSXSAVE != 0 && self.sys.xcr0 & avx == avx, Mode::AVX),
+            (self.sys.cr4 & cr4::TSD != 0 && self.sys.cpl != 0, Mode::NO_TSC),
+            (self.sys.cr4 & cr4::SMAP != 0, Mode::SMAP),
+            (real, Mode::REAL_SEGMENTS),
+            (vm86, Mode::VIRTUAL_8086),
+        ];
+        let bits = bits.iter().fold(0, |all, &(on, bit)| all | if on { bit } else { 0 });
+        let classes = if bits64 { SEGMENTS64 } else { self.segment_classes(real) };
         self.mode = Mode::new(code, self.sys.cpl, self.mmu_index(), classes, bits);
     }
 
@@ -310,13 +362,9 @@ impl Cpu {
         }
     }
 
-    fn segment_classes(&self, code: CodeSize, real: bool) -> [SegmentClass; 6] {
+    /// Outside 64-bit mode.
+    fn segment_classes(&self, real: bool) -> [SegmentClass; 6] {
         let mut classes = [SegmentClass::Flat; 6];
-        if code == CodeSize::Bits64 {
-            classes[SegmentName::Fs as usize] = SegmentClass::Based;
-            classes[SegmentName::Gs as usize] = SegmentClass::Based;
-            return classes;
-        }
         for name in SegmentName::ALL {
             let segment = self.segment(name);
             classes[name as usize] = if segment.limit != u32::MAX
@@ -333,14 +381,17 @@ impl Cpu {
         classes
     }
 
-    /// Whether DR7 enables a breakpoint on instruction execution.
-    pub fn execution_breakpoints(&self) -> bool {
-        let dr7 = self.sys.debug[5];
-        (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0)
+    /// Whether DR7 enables any breakpoint.
+    fn breakpoints(&self) -> bool {
+        self.sys.debug[5] & 0xff != 0
     }
 
     /// Whether DR7, or a debugger outside, enables a breakpoint on data or port accesses.
+    #[inline]
     pub fn data_breakpoints(&self) -> bool {
+        if !self.breakpoints() && self.outside.dr7 == 0 {
+            return false;
+        }
         let on_data =
             |dr7: u64| (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 != 0);
         on_data(self.sys.debug[5]) || on_data(self.outside.dr7)

@@ -140,6 +140,11 @@ pub fn take_event(cpu: &mut Cpu) -> bool {
     false
 }
 
+/// Whether an interrupt or NMI waits, be it for EFLAGS.IF, a shadow or IRET.
+pub fn outstanding(cpu: &Cpu) -> bool {
+    cpu.lapic.nmi_pending || pic_wants(cpu) || cpu.lapic.deliverable().is_some()
+}
+
 /// Whether something is there that ends HLT.
 pub fn can_wake(cpu: &Cpu) -> bool {
     let interrupts = cpu.rflags & rflags::IF != 0;

@@ -1,6 +1,7 @@
 //! Executes, in Rust, the instructions that translated code does not: dispatch by mnemonic.
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
+use crate::helpers::Handler;
 use crate::{
     control, cpuid, fpu, interrupt, legacy, msr, ports, segment, strings, syscall, tables,
     transfer, vector_memory,
@@ -11,23 +12,34 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 /// How a helper ends.
 pub(crate) type Done = Result<Flow, Exception>;
 
-/// Executes one instruction: `rip` is its address, `next_rip` the one after it.
-///
-/// # Errors
-/// The exception that the instruction raises; registers are then as before it.
-pub fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Exception> {
-    let flow = dispatch(cpu, insn)?;
-    if flow == Flow::Next && std::mem::take(&mut cpu.cache.touched) {
-        // The instruction wrote to translated code, perhaps to what follows it.
-        return Ok(Flow::Leave);
+/// The function that executes an instruction: when it is called `rip` is the instruction's
+/// address, `next_rip` the one after it. An exception leaves registers as before the instruction.
+pub fn handler(insn: &Instruction) -> Handler {
+    if insn.is_string_instruction() {
+        return strings::execute;
     }
-    Ok(flow)
+    // What kernels do all the time; the rest finds its function each time.
+    match insn.mnemonic() {
+        M::Cli | M::Sti | M::Cld | M::Std | M::Stac | M::Clac => flag_instruction,
+        M::Pushfq => pushf,
+        M::Popfq => popf,
+        M::Iretq => transfer::iret,
+        M::Invlpg => control::invlpg,
+        M::Rdmsr => |cpu, _| msr::rdmsr(cpu),
+        M::Wrmsr => |cpu, _| msr::wrmsr(cpu),
+        M::Rdtscp | M::Rdpid => control::time_stamp,
+        M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => syscall::segment_base,
+        M::Swapgs => |cpu, _| syscall::swapgs(cpu),
+        M::Syscall => |cpu, _| syscall::syscall(cpu),
+        M::Sysret | M::Sysretq => syscall::sysret,
+        M::In | M::Out => ports::in_out,
+        M::Mov => moves,
+        M::Pause => |cpu, _| Ok(pause(cpu)),
+        _ => dispatch,
+    }
 }
 
 fn dispatch(cpu: &mut Cpu, insn: &Instruction) -> Done {
-    if insn.is_string_instruction() {
-        return strings::execute(cpu, insn);
-    }
     match insn.mnemonic() {
         M::Mov => moves(cpu, insn),
         M::Cli | M::Sti | M::Cld | M::Std | M::Stac | M::Clac | M::Clc | M::Stc | M::Cmc => {
@@ -137,6 +149,20 @@ fn data_instruction(cpu: &mut Cpu, insn: &Instruction) -> Done {
             Err(Exception::INVALID_OPCODE)
         }
     }
+}
+
+/// So many PAUSEs in a row may wait for a vCPU that has a host CPU: an interprocessor interrupt
+/// arrives within a few microseconds.
+const PATIENCE: u32 = 256;
+
+/// PAUSE, where the guest has executed [`PATIENCE`] of them since this was last called. What it
+/// waits for is likely to be a vCPU whose thread has no host CPU now, so ours gives way.
+fn pause(cpu: &mut Cpu) -> Flow {
+    cpu.patience = PATIENCE;
+    if cpu.vm.mailboxes.len() > 1 && !cpu.wanted() {
+        std::thread::yield_now();
+    }
+    Flow::Next
 }
 
 /// MOV with a control, debug or segment register (the others are translated).

@@ -4,9 +4,9 @@ use crate::cpu::Cpu;
 use crate::exception::{Exception, Flow};
 use crate::mmu::Want;
 use crate::thunks::exit;
-use crate::translate::classify::{Class, classify_for};
+use crate::translate::classify::{Class, classify};
 use arch::SegmentName;
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What a site of translated code tells about its access: one word.
@@ -46,8 +46,44 @@ impl AccessInfo {
 #[repr(C)]
 pub struct Answer {
     value: u64,
-    /// 0: leave to the run loop; 1: go on; 3: go on, and commit the store.
+    /// 0: go on at host address `value`, or if that is 0 leave to the run loop; 1: go on; 3: go on,
+    /// and commit the store.
     status: u64,
+}
+
+/// Host address that means going on with the next instruction of the same block.
+const NEXT: u64 = 1;
+
+/// An instruction that a helper executes, and the function that does it.
+pub struct Helped {
+    insn: Instruction,
+    run: Handler,
+}
+
+/// Executes one instruction; see `execute`.
+pub type Handler = fn(&mut Cpu, &Instruction) -> Result<Flow, Exception>;
+
+impl Helped {
+    /// For an instruction of translated code that the guest's CPU does not have.
+    pub fn invalid(insn: Instruction) -> Self {
+        Self { insn, run: |_, _| Err(Exception::INVALID_OPCODE) }
+    }
+
+    /// For an instruction of translated code.
+    pub fn new(insn: Instruction) -> Self {
+        let run: Handler = match classify(&insn) {
+            Class::Invalid => return Self::invalid(insn),
+            // Native in itself, but for the times when it does not go on at once.
+            Class::Native if insn.mnemonic() == Mnemonic::Pause => crate::execute::handler(&insn),
+            Class::Helper | Class::HelperEnd | Class::ReadTsc => crate::execute::handler(&insn),
+            // A native class comes here only where the FPU is not to be used: the exception.
+            Class::Native | Class::NativeVector => {
+                |cpu, insn| crate::fpu::fpu_allowed(cpu.mode, insn).map(|()| Flow::Next)
+            }
+            _ => |cpu, insn| crate::near::execute(cpu, insn, classify(insn)),
+        };
+        Self { insn, run }
+    }
 }
 
 const LEAVE: Answer = Answer { value: 0, status: 0 };
@@ -69,12 +105,13 @@ fn guarded<T>(cpu: *mut Cpu, leave: T, body: impl FnOnce(&mut Cpu) -> T) -> T {
 }
 
 /// Makes the state that of the start of the instruction at host address `host` and delivers
-/// `exception` there.
-fn fault_at(cpu: &mut Cpu, host: u64, exception: Exception) {
+/// `exception` there, at whose handler translated code goes on.
+fn fault_at(cpu: &mut Cpu, host: u64, exception: Exception) -> Answer {
     cpu.locate(host);
     cpu.unpack_flags();
     crate::interrupt::deliver_exception(cpu, exception);
     cpu.exit = exit::HELPER;
+    Answer { value: crate::run::resume(cpu), status: 0 }
 }
 
 /// The read probe missed.
@@ -85,10 +122,7 @@ pub extern "sysv64" fn read(cpu: *mut Cpu, address: u64, info: u32, host: u64) -
             check_address(cpu, address, info).and_then(|()| cpu.prepare_read(address, info.size()));
         match answer {
             Ok(value) => Answer { value, status: 1 },
-            Err(exception) => {
-                fault_at(cpu, host, exception);
-                LEAVE
-            }
+            Err(exception) => fault_at(cpu, host, exception),
         }
     })
 }
@@ -104,10 +138,7 @@ pub extern "sysv64" fn write(cpu: *mut Cpu, address: u64, info: u32, host: u64) 
                 let commit = !matches!(cpu.pending_write, crate::access::PendingWrite::None);
                 Answer { value, status: if commit { 3 } else { 1 } }
             }
-            Err(exception) => {
-                fault_at(cpu, host, exception);
-                LEAVE
-            }
+            Err(exception) => fault_at(cpu, host, exception),
         }
     })
 }
@@ -155,23 +186,21 @@ pub extern "sysv64" fn segment(cpu: *mut Cpu, offset: u64, info: u32, host: u64)
         let info = AccessInfo(info);
         match cpu.linear(info.segment(), offset, info.size() as u64, info.writes()) {
             Ok(value) => Answer { value, status: 1 },
-            Err(exception) => {
-                fault_at(cpu, host, exception);
-                LEAVE
-            }
+            Err(exception) => fault_at(cpu, host, exception),
         }
     })
 }
 
-/// A store that must be carried further has been made. Returns 0 to leave the block after it.
-pub extern "sysv64" fn commit(cpu: *mut Cpu, host: u64) -> u32 {
+/// A store that must be carried further has been made. Returns where to go on: `NEXT`, the host
+/// address of another block, or 0 to leave.
+pub extern "sysv64" fn commit(cpu: *mut Cpu, host: u64) -> u64 {
     guarded(cpu, 0, |cpu| {
         if !cpu.commit_write() {
-            return 1;
+            return NEXT;
         }
         if cpu.take_host_flags_at(host).is_some_and(|position| position.transfer) {
             // The push of a CALL, at the end of its block: the transfer is still to come.
-            return 1;
+            return NEXT;
         }
         cpu.rip = cpu.next_rip;
         cpu.unpack_flags();
@@ -180,22 +209,24 @@ pub extern "sysv64" fn commit(cpu: *mut Cpu, host: u64) -> u32 {
     })
 }
 
-/// Executes one instruction in Rust. Returns 0 to leave the block.
-pub extern "sysv64" fn execute(cpu: *mut Cpu, insn: *const Instruction) -> u32 {
+/// Executes one instruction in Rust. Returns where to go on, as [`commit`].
+pub extern "sysv64" fn execute(cpu: *mut Cpu, helped: *const Helped) -> u64 {
     guarded(cpu, 0, |cpu| {
         // SAFETY: translated code passes the address of an instruction in its own block's list,
         // which is freed only by a flush of the code cache, from the run loop.
-        let insn = unsafe { &*insn };
+        let Helped { insn, run } = unsafe { &*helped };
         cpu.rip = insn.ip();
         cpu.next_rip = insn.next_ip() & cpu.ip_mask();
         cpu.unpack_flags();
         cpu.exit = exit::HELPER;
         cpu.cache.touched = false;
-        let flow = dispatch(cpu, insn);
+        let flow = run(cpu, insn);
+        let touched = std::mem::take(&mut cpu.cache.touched);
         match flow {
-            Ok(Flow::Next) if !cpu.cache.touched => {
+            // It may have written to translated code, perhaps to what follows it.
+            Ok(Flow::Next) if !touched => {
                 cpu.pack_flags();
-                return 1;
+                return NEXT;
             }
             Ok(Flow::Next | Flow::Leave) => cpu.rip = cpu.next_rip,
             Ok(Flow::Jump) => {}
@@ -205,19 +236,6 @@ pub extern "sysv64" fn execute(cpu: *mut Cpu, insn: *const Instruction) -> u32 {
             }
             Err(exception) => crate::interrupt::deliver_exception(cpu, exception),
         }
-        cpu.cache.touched = false;
-        0
+        crate::run::resume(cpu)
     })
-}
-
-fn dispatch(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Exception> {
-    match classify_for(insn, &cpu.vm.instructions) {
-        Class::Invalid => Err(Exception::INVALID_OPCODE),
-        Class::Helper | Class::HelperEnd | Class::ReadTsc => crate::execute::execute(cpu, insn),
-        // A native class comes here only where the FPU is not to be used: that is the exception.
-        Class::Native | Class::NativeVector => {
-            crate::fpu::fpu_allowed(cpu.mode, insn).map(|()| Flow::Next)
-        }
-        class => crate::near::execute(cpu, insn, class),
-    }
 }

@@ -1,9 +1,8 @@
 //! From host addresses back to guest instructions, and throwing translations away: what translated
 //! code assumes about guest memory and address translation ceases to hold here.
 use crate::cache::BlockId;
-use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, jump_slot};
+use crate::cpu::{Cpu, EMPTY_JUMPS};
 use crate::emit::{FlagsIn, Position};
-use crate::mode::MmuIndex;
 use crate::vm::{Written, pending};
 use std::sync::atomic::Ordering;
 
@@ -29,32 +28,6 @@ impl Cpu {
             self.raw_flags = self.host_flags;
         }
         Some(position)
-    }
-
-    /// Empties the jump caches and far links.
-    pub fn flush_jump_caches(&mut self) {
-        self.cache.unlink_far(true, &mut self.cells);
-        for mmu in 0..MmuIndex::COUNT {
-            self.empty_jumps(mmu);
-        }
-    }
-
-    /// The same for what leads to pages that are not global.
-    pub fn flush_jumps_non_global(&mut self) {
-        self.cache.unlink_far(false, &mut self.cells);
-        for mmu in 0..MmuIndex::COUNT {
-            if self.jumps_volatile[mmu] {
-                self.empty_jumps(mmu);
-            }
-        }
-    }
-
-    /// Empties the jump cache of one MMU index.
-    pub fn empty_jumps(&mut self, mmu: usize) {
-        if let Some(cache) = self.jumps.get_mut(mmu) {
-            cache.pcs = EMPTY_JUMPS;
-            self.jumps_volatile[mmu] = false;
-        }
     }
 
     /// Throws all translations away.
@@ -107,9 +80,8 @@ impl Cpu {
     pub(crate) fn kill_all(&mut self, page: u64, blocks: &[BlockId]) -> bool {
         for &id in blocks {
             if let Some(pc) = self.cache.kill(id, &mut self.cells) {
-                let slot = jump_slot(pc);
                 for cache in &mut self.jumps {
-                    if cache.pcs[slot] == pc {
+                    while let Some(slot) = cache.find(pc) {
                         cache.pcs[slot] = EMPTY_JUMPS[slot];
                     }
                 }
@@ -121,10 +93,3 @@ impl Cpu {
         !blocks.is_empty()
     }
 }
-
-/// Guest addresses that belong to other slots than their own.
-const EMPTY_JUMPS: [u64; JUMP_CACHE_ENTRIES] = {
-    let mut pcs = [0; JUMP_CACHE_ENTRIES];
-    pcs[0] = 1;
-    pcs
-};

@@ -4,7 +4,7 @@
 //! Where a guest instruction goes: `run` finds the block at the guest's instruction pointer in
 //! the code `cache`; if there is none, `translate` decodes guest code and `emit` writes host
 //! code for it into `codemem`. Translated code runs between `thunks` with guest registers in
-//! host registers and probes the software TLB of `mmu` inline; what it cannot do itself it asks
+//! host registers and probes the software `tlb` inline; what it cannot do itself it asks
 //! of `helpers`: memory accesses that miss (`access`), and instructions that only the system
 //! knows how to execute (`execute` and the modules it dispatches to). The whole state of a
 //! virtual CPU is `cpu::Cpu`; `mode` is the part of it that decides what code means. `vm`
@@ -46,6 +46,7 @@ mod routing;
 mod run;
 mod segment;
 mod signals;
+mod space;
 mod stack;
 mod state;
 mod strings;
@@ -53,6 +54,7 @@ mod syscall;
 mod tables;
 mod task;
 mod thunks;
+mod tlb;
 mod transfer;
 mod translate;
 mod vcpu;

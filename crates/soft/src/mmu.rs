@@ -1,194 +1,13 @@
-//! Guest-linear to guest-physical: page walks and the software TLBs.
+//! Guest-linear to guest-physical: page walks, and filling the TLBs of `tlb` from them.
 //!
-//! Translated code probes [`Tlb`] inline (see `emit::memory`); everything here runs when a probe
+//! Translated code probes the TLB inline (see `emit::memory`); everything here runs when a probe
 //! misses, and for the accesses of helpers.
 use crate::cpu::Cpu;
 use crate::exception::Exception;
 use crate::mode::MmuIndex;
+use crate::tlb::{ExecEntry, Page, Right};
 use arch::registers::{cr0, cr4, efer};
 use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Entries of one TLB table: a power of two.
-pub const TLB_ENTRIES: usize = 512;
-
-/// One page's translation. The probe computes `address ^ tag`: below 4096 it is a hit and the
-/// offset in the page.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub struct TlbEntry {
-    /// Linear address of the page; an empty slot holds one that belongs to another slot.
-    pub tag: u64,
-    /// Host address of the page.
-    pub host: u64,
-}
-
-/// The data TLBs of one vCPU: a table for reads and one for writes for each MMU index.
-#[repr(C)]
-pub struct Tlb {
-    /// Indexed by [`MmuIndex`], then read (0) or write (1), then page number modulo size.
-    pub tables: [[[TlbEntry; TLB_ENTRIES]; 2]; MmuIndex::COUNT],
-    /// For each table, whether it holds anything: what makes flushing an unused one free.
-    pub used: [[bool; 2]; MmuIndex::COUNT],
-    /// For each table, a bit for each slot that holds a global page.
-    pub global: [[[u64; TLB_ENTRIES / 64]; 2]; MmuIndex::COUNT],
-}
-
-const EMPTY: [TlbEntry; TLB_ENTRIES] = {
-    let mut table = [TlbEntry { tag: 0, host: 0 }; TLB_ENTRIES];
-    let mut i = 0;
-    while i < TLB_ENTRIES {
-        table[i].tag = ((i as u64) ^ 1) << 12;
-        i += 1;
-    }
-    table
-};
-
-impl Tlb {
-    /// Forgets everything.
-    pub fn flush(&mut self) {
-        for (tables, used) in self.tables.iter_mut().zip(&mut self.used) {
-            for (table, used) in tables.iter_mut().zip(used) {
-                if std::mem::take(used) {
-                    *table = EMPTY;
-                }
-            }
-        }
-    }
-
-    /// Forgets all pages that are not global.
-    pub fn flush_non_global(&mut self) {
-        for mmu in 0..MmuIndex::COUNT {
-            for write in 0..2 {
-                if !self.used[mmu][write] {
-                    continue;
-                }
-                let global = self.global[mmu][write];
-                self.used[mmu][write] = global.iter().any(|word| *word != 0);
-                let table = &mut self.tables[mmu][write];
-                for (slot, entry) in table.iter_mut().enumerate() {
-                    if global[slot / 64] >> (slot % 64) & 1 == 0 {
-                        *entry = EMPTY[slot];
-                    }
-                }
-            }
-        }
-    }
-
-    /// Fills every slot with the empty value, whatever is there (for fresh memory).
-    pub fn initialise(&mut self) {
-        self.used = [[true; 2]; MmuIndex::COUNT];
-        self.flush();
-    }
-
-    /// Forgets one page in all tables.
-    pub fn flush_page(&mut self, address: u64) {
-        let slot = slot(address);
-        for tables in &mut self.tables {
-            for table in tables {
-                if table[slot].tag == address & !0xfff {
-                    table[slot] = EMPTY[slot];
-                }
-            }
-        }
-    }
-
-    /// Forgets write access to a page of host memory, under whatever address.
-    pub fn forbid_writes(&mut self, host: u64) {
-        for (tables, used) in self.tables.iter_mut().zip(&self.used) {
-            if used[1] {
-                for (slot, entry) in tables[1].iter_mut().enumerate() {
-                    if entry.host == host {
-                        *entry = EMPTY[slot];
-                    }
-                }
-            }
-        }
-    }
-
-    /// The host address of `address` if the table has it.
-    #[inline]
-    pub fn probe(&self, mmu: MmuIndex, write: bool, address: u64) -> Option<u64> {
-        let entry = &self.tables[mmu as usize][usize::from(write)][slot(address)];
-        let offset = entry.tag ^ address;
-        (offset < 4096).then(|| entry.host + offset)
-    }
-
-    fn fill(&mut self, mmu: MmuIndex, write: bool, address: u64, page: Page) {
-        let (mmu, write, slot) = (mmu as usize, usize::from(write), slot(address));
-        self.used[mmu][write] = true;
-        self.tables[mmu][write][slot] = TlbEntry { tag: address & !0xfff, host: page.host };
-        let bit = 1 << (slot % 64);
-        match page.global {
-            true => self.global[mmu][write][slot / 64] |= bit,
-            false => self.global[mmu][write][slot / 64] &= !bit,
-        }
-    }
-}
-
-/// A page to fill in.
-struct Page {
-    host: u64,
-    global: bool,
-}
-
-#[inline]
-fn slot(address: u64) -> usize {
-    (address >> 12) as usize & (TLB_ENTRIES - 1)
-}
-
-/// Translations of pages from which instructions were fetched.
-pub struct ExecTlb {
-    entries: [ExecEntry; 256],
-    /// A filter of the pages fetched from since the last flush: bit `page % 4096`.
-    fetched: [u64; 64],
-}
-
-#[derive(Clone, Copy)]
-struct ExecEntry {
-    /// Linear page, with bit 1 set for CPL 3; bit 0 marks an empty entry.
-    key: u64,
-    physical: u64,
-    global: bool,
-}
-
-impl ExecTlb {
-    const EMPTY: ExecEntry = ExecEntry { key: 1, physical: 0, global: false };
-
-    /// An empty one.
-    pub const fn new() -> Self {
-        Self { entries: [Self::EMPTY; 256], fetched: [0; 64] }
-    }
-
-    /// Forgets everything.
-    pub fn flush(&mut self) {
-        *self = Self::new();
-    }
-
-    /// Forgets all pages that are not global. What links to global ones stays.
-    pub fn flush_non_global(&mut self) {
-        for entry in self.entries.iter_mut().filter(|e| !e.global) {
-            *entry = Self::EMPTY;
-        }
-    }
-
-    /// Whether the page may have been fetched from since the last flush.
-    pub fn may_know(&self, address: u64) -> bool {
-        let page = address >> 12;
-        self.fetched[(page >> 6 & 63) as usize] >> (page & 63) & 1 != 0
-    }
-
-    fn fill(&mut self, slot: usize, entry: ExecEntry) {
-        let page = entry.key >> 12;
-        self.fetched[(page >> 6 & 63) as usize] |= 1 << (page & 63);
-        self.entries[slot] = entry;
-    }
-}
-
-impl Default for ExecTlb {
-    fn default() -> Self {
-        Self::new()
-    }
-}
 
 /// What an access wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -216,6 +35,8 @@ pub enum As {
 pub struct Translation {
     /// Guest-physical address, with the offset of the linear one.
     pub physical: u64,
+    /// Size of the page as a power of two: 12 without paging.
+    pub bits: u32,
     /// The page is global: it survives a write to CR3 (Intel SDM 3A 4.10.2.4).
     pub global: bool,
 }
@@ -267,7 +88,7 @@ impl Cpu {
         who: As,
     ) -> Result<Translation, Exception> {
         if !self.paging() {
-            return Ok(Translation { physical: address, global: false });
+            return Ok(Translation { physical: address, bits: 12, global: false });
         }
         let user = who == As::Current && self.sys.cpl == 3;
         let ac = who == As::Current && self.rflags & arch::registers::rflags::AC != 0;
@@ -331,9 +152,10 @@ impl Cpu {
                 if set_used(slot, entry, request.want == Want::Write) {
                     self.vm.dirty.note(table);
                 }
-                let offset = (1u64 << (12 + 9 * (level - 1))) - 1;
+                let bits = 12 + 9 * (level - 1);
+                let offset = (1u64 << bits) - 1;
                 let physical = (entry & ADDRESS & !offset) | (address & offset);
-                return Ok(Translation { physical, global: self.is_global(entry) });
+                return Ok(Translation { physical, bits, global: self.is_global(entry) });
             }
             if set_used(slot, entry, false) {
                 self.vm.dirty.note(table);
@@ -362,7 +184,7 @@ impl Cpu {
             // PSE-36: bits 13–20 of the entry are bits 32–39 of the address.
             let physical =
                 (entry & 0xffc0_0000) | (entry >> 13 & 0xff) << 32 | (address & 0x3f_ffff);
-            return Ok(Translation { physical, global: self.is_global(entry) });
+            return Ok(Translation { physical, bits: 22, global: self.is_global(entry) });
         }
         if set_used_32(slot, entry as u32, false) {
             self.vm.dirty.note(directory);
@@ -379,7 +201,7 @@ impl Cpu {
             self.vm.dirty.note(table);
         }
         let physical = (leaf & 0xffff_f000) | (address & 0xfff);
-        Ok(Translation { physical, global: self.is_global(leaf) })
+        Ok(Translation { physical, bits: 12, global: self.is_global(leaf) })
     }
 
     fn is_global(&self, entry: u64) -> bool {
@@ -412,23 +234,39 @@ impl Cpu {
     /// # Errors
     /// #PF.
     pub fn fill_tlb(&mut self, address: u64, want: Want) -> Result<Option<u64>, Exception> {
-        let translation = self.translate(address, want, As::Current)?;
-        let mmu = self.mode.mmu();
-        let vm = self.vm.clone();
-        let Some(page) = vm.ram.page(translation.physical) else { return Ok(None) };
-        let write = want == Want::Write;
-        let watched = self.data_breakpoints() || mmu == MmuIndex::Aligned;
+        let right = Right { mmu: self.mode.mmu(), write: want == Want::Write };
+        self.fill(address, right, As::Current)
+    }
+
+    /// The same for a right that is not that of the present privilege. What the system may access
+    /// is what supervisor code may while EFLAGS.AC is clear ([`MmuIndex::Supervisor`]).
+    ///
+    /// # Errors
+    /// #PF.
+    pub fn fill(&mut self, address: u64, right: Right, who: As) -> Result<Option<u64>, Exception> {
+        let (physical, global) = match self.walked.find(address, right, self.spaces.tags()) {
+            Some(known) => known,
+            None => {
+                let want = if right.write { Want::Write } else { Want::Read };
+                let Translation { physical, bits, global } = self.translate(address, want, who)?;
+                let tag = self.note_walk(address, bits, global);
+                self.walked.add(address, right, tag, physical);
+                (physical, global)
+            }
+        };
+        let watched = self.data_breakpoints() || right.mmu == MmuIndex::Aligned;
+        let Some(page) = self.vm.ram.page(physical) else { return Ok(None) };
+        if watched || self.lapic.claims(physical) {
+            return Ok(None);
+        }
+        if right.write && (page.read_only || page.code.load(Ordering::SeqCst) != 0) {
+            return Ok(None);
+        }
         let host = page.host as u64;
-        if watched || self.lapic.claims(translation.physical) {
-            return Ok(None);
+        if right.write {
+            self.vm.dirty.note(physical);
         }
-        if write && (page.read_only || page.code.load(Ordering::SeqCst) != 0) {
-            return Ok(None);
-        }
-        if write {
-            vm.dirty.note(translation.physical);
-        }
-        self.tlb.fill(mmu, write, address, Page { host, global: translation.global });
+        self.tlb.fill(right, address, Page { host, global });
         Ok(Some(host + (address & 0xfff)))
     }
 
@@ -437,45 +275,29 @@ impl Cpu {
     /// # Errors
     /// #PF.
     pub fn translate_fetch(&mut self, address: u64) -> Result<u64, Exception> {
-        let key = (address & !0xfff) | u64::from(self.sys.cpl == 3) << 1;
-        let slot = (address >> 12) as usize & 255;
-        let entry = self.exec_tlb.entries[slot];
-        if entry.key == key {
-            return Ok(entry.physical | (address & 0xfff));
+        let user = self.sys.cpl == 3;
+        if let Some(page) = self.exec_tlb.find(address, user, self.spaces.tags()) {
+            return Ok(page | (address & 0xfff));
         }
-        let Translation { physical, global } =
+        let Translation { physical, bits, global } =
             self.translate(address, Want::Execute, As::Current)?;
-        self.exec_tlb.fill(slot, ExecEntry { key, physical: physical & !0xfff, global });
+        self.note_walk(address, bits, global);
+        let tag = self.spaces.note_fetch(address, global);
+        self.exec_tlb.fill(ExecEntry::new(address, user, tag, physical));
         Ok(physical)
+    }
+
+    /// Notes the walk to a page of 2 to the power of `bits` bytes; gives its tag.
+    fn note_walk(&mut self, address: u64, bits: u32, global: bool) -> u64 {
+        if bits > 12 && self.spaces.crowded() {
+            self.flush_tlb();
+        }
+        self.spaces.note_walk(address, bits, global)
     }
 
     /// Whether the page of an instruction that was just fetched is global.
     pub fn fetched_from_global(&self, address: u64) -> bool {
-        let entry = self.exec_tlb.entries[(address >> 12) as usize & 255];
-        entry.key & !0xfff == address & !0xfff && entry.global
-    }
-
-    /// Forgets all translations, as MOV to CR3 and changes of paging mode do.
-    pub fn flush_tlb(&mut self) {
-        self.tlb.flush();
-        self.exec_tlb.flush();
-        self.flush_jump_caches();
-    }
-
-    /// Forgets translations of pages that are not global, as MOV to CR3 does.
-    pub fn flush_tlb_non_global(&mut self) {
-        self.tlb.flush_non_global();
-        self.exec_tlb.flush_non_global();
-        self.flush_jumps_non_global();
-    }
-
-    /// INVLPG.
-    pub fn flush_tlb_page(&mut self, address: u64) {
-        self.tlb.flush_page(address);
-        if self.exec_tlb.may_know(address) {
-            self.exec_tlb.flush();
-            self.flush_jump_caches();
-        }
+        self.exec_tlb.tag_of(address) == Some(self.spaces.tags().global)
     }
 }
 

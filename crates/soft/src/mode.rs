@@ -95,8 +95,12 @@ impl Mode {
         NO_TSC = 17, no_tsc;
         /// Each access by itself: see `translate::groups`.
         PLAIN = 30, plain;
+        /// CR4.SMAP: STAC and CLAC exist.
+        SMAP = 31, smap;
     }
     const SEGMENTS: u32 = 18;
+    /// Position of the MMU index, two bits.
+    pub const MMU_SHIFT: u32 = 5;
 
     /// Builds a mode from its parts and the flag bits above.
     pub fn new(
@@ -106,7 +110,8 @@ impl Mode {
         segments: [SegmentClass; 6],
         bits: u32,
     ) -> Self {
-        let mut key = bits | code as u32 | (u32::from(cpl & 3) << 3) | ((mmu as u32) << 5);
+        let mut key =
+            bits | code as u32 | (u32::from(cpl & 3) << 3) | ((mmu as u32) << Self::MMU_SHIFT);
         for (i, class) in segments.iter().enumerate() {
             key |= (*class as u32) << (Self::SEGMENTS + 2 * i as u32);
         }
@@ -120,13 +125,21 @@ impl Mode {
             _ => CodeSize::Bits64,
         }
     }
+    /// The privilege level.
+    pub const fn cpl(self) -> u8 {
+        (self.0 >> 3 & 3) as u8
+    }
+    /// The mode with another TLB for ordinary accesses.
+    pub const fn with_mmu(self, mmu: MmuIndex) -> Self {
+        Self(self.0 & !(3 << Self::MMU_SHIFT) | (mmu as u32) << Self::MMU_SHIFT)
+    }
     /// Whether this is 64-bit mode.
     pub const fn is_64(self) -> bool {
         matches!(self.code(), CodeSize::Bits64)
     }
     /// The TLB that ordinary accesses use.
     pub const fn mmu(self) -> MmuIndex {
-        match (self.0 >> 5) & 3 {
+        match (self.0 >> Self::MMU_SHIFT) & 3 {
             0 => MmuIndex::User,
             1 => MmuIndex::Supervisor,
             2 => MmuIndex::SupervisorAc,

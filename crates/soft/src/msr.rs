@@ -40,6 +40,7 @@ pub(crate) fn wrmsr(cpu: &mut Cpu) -> Done {
     if quiet {
         return Ok(Flow::Next);
     }
+    cpu.outstanding = true;
     cpu.serialize();
     cpu.update_mode();
     Ok(Flow::Leave)

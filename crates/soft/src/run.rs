@@ -2,7 +2,7 @@
 //! when translated code returns.
 #![allow(unsafe_code)]
 use crate::cache::BlockId;
-use crate::cpu::{Cpu, IoPointer, jump_slot};
+use crate::cpu::{Cpu, IoPointer};
 use crate::dirty::Running;
 use crate::events;
 use crate::exception::Exception;
@@ -107,6 +107,8 @@ fn on_this_thread<T>(
     fpu::x87_from_area(cpu);
     cpu.update_mode();
     cpu.timer_changed();
+    cpu.poll.store(&raw const POLL_QUIET as u64, Ordering::SeqCst);
+    cpu.outstanding = true;
     let running = Running::new(cpu.vm.clone(), cpu.index);
     let result = work(cpu);
     drop(running);
@@ -156,10 +158,14 @@ fn cycle(cpu: &mut Cpu) -> Result<Halt, EngineError> {
             cpu.wait();
             continue;
         }
-        if events::finish_delivery(cpu)
-            || !cpu.outside.holds_interrupts() && events::take_event(cpu)
-        {
+        if events::finish_delivery(cpu) {
             continue;
+        }
+        if cpu.outstanding && !cpu.outside.holds_interrupts() {
+            if events::take_event(cpu) {
+                continue;
+            }
+            cpu.outstanding = events::outstanding(cpu);
         }
         if cpu.mode.step() || cpu.mode.shadow() {
             if !cpu.stops_here() {
@@ -226,22 +232,42 @@ fn entry(cpu: &mut Cpu) -> Option<u64> {
         return plain_entry(cpu);
     }
     let mmu = cpu.mode.mmu() as usize;
-    let slot = jump_slot(cpu.rip);
     cpu.match_jump_mode(mmu);
-    if cpu.jumps[mmu].pcs[slot] == cpu.rip {
+    if let Some(slot) = cpu.jumps[mmu].find(cpu.rip) {
         return Some(cpu.jumps[mmu].hosts[slot]);
     }
     let block = find(cpu)?;
     let host = cpu.cache.block(block)?.saved_entry;
+    cpu.jump_misses = cpu.jump_misses.wrapping_add(1);
+    let slot = cpu.jumps[mmu].place(cpu.rip, cpu.jump_misses);
     if !cpu.lasting(block) {
-        cpu.jumps_volatile[mmu] = true;
+        cpu.note_local_jump(mmu, slot, block);
     }
     cpu.jumps[mmu].pcs[slot] = cpu.rip;
     cpu.jumps[mmu].hosts[slot] = host;
     Some(host)
 }
 
-/// The same for a translation without groups of accesses, to get over one that failed.
+/// Where translated code can go on at `rip` without a look around in the run loop: the host
+/// address, guest flags being put into `raw_flags`; 0 if it cannot.
+pub fn resume(cpu: &mut Cpu) -> u64 {
+    let quiet = !(cpu.outstanding || cpu.single || cpu.plain || cpu.triple_fault)
+        && cpu.poll.load(Ordering::Relaxed) != POLL_ATTRACT
+        && cpu.lapic.mp == MpState::Running;
+    let mode = cpu.mode;
+    if !quiet || mode.step() || mode.shadow() || !mode.is_64() {
+        return 0;
+    }
+    let mmu = mode.mmu() as usize;
+    if cpu.jump_modes[mmu] != mode || cpu.jump_base != 0 {
+        return 0;
+    }
+    let Some(slot) = cpu.jumps[mmu].find(cpu.rip) else { return 0 };
+    cpu.pack_flags();
+    cpu.jumps[mmu].hosts[slot]
+}
+
+/// As `entry`, for a translation without groups of accesses, to get over one that failed.
 fn plain_entry(cpu: &mut Cpu) -> Option<u64> {
     cpu.drop_worn_out();
     let mode = cpu.mode;
@@ -259,6 +285,13 @@ fn plain_entry(cpu: &mut Cpu) -> Option<u64> {
 
 /// Runs one instruction in step mode or in an interrupt shadow, with the debug traps that follow.
 fn single(cpu: &mut Cpu) -> Result<(), EngineError> {
+    cpu.single = true;
+    let result = instruction(cpu);
+    cpu.single = false;
+    result
+}
+
+fn instruction(cpu: &mut Cpu) -> Result<(), EngineError> {
     let stepping = cpu.rflags & rflags::TF != 0;
     let resume = cpu.rflags & rflags::RF != 0;
     let quiet = cpu.sys.shadow_debug;
@@ -393,12 +426,20 @@ impl Cpu {
 
     /// Whether a block that was just found at `rip` lies in global pages only.
     fn lasting(&self, block: BlockId) -> bool {
-        self.fetched_from_global(self.rip)
-            && self.cache.block(block).is_some_and(|b| b.second_page.is_none())
+        let crosses = self.cache.block(block).is_none_or(|b| b.second_page.is_some());
+        let linear = match self.mode.is_64() {
+            true => self.rip,
+            false => self.segment(SegmentName::Cs).base.wrapping_add(self.rip) & 0xffff_ffff,
+        };
+        self.fetched_from_global(linear)
+            && (!crosses || self.fetched_from_global((linear | 0xfff).wrapping_add(1)))
     }
 
     /// Looks at what other threads posted; says whether to return to the machine.
     fn attend(&mut self) -> bool {
+        if self.poll.load(Ordering::Relaxed) != POLL_ATTRACT && !self.wanted() {
+            return false;
+        }
         self.poll.store(&raw const POLL_QUIET as u64, Ordering::SeqCst);
         let vm = self.vm.clone();
         let Some(mailbox) = vm.mailboxes.get(self.index as usize) else { return true };
@@ -406,6 +447,7 @@ impl Cpu {
         if bits == 0 {
             return false;
         }
+        self.outstanding = true;
         mailbox.pending.fetch_and(!ATTENDED, Ordering::SeqCst);
         if bits & pending::EMPTY_TLB != 0 {
             self.tlb.flush();
@@ -463,12 +505,17 @@ impl Cpu {
     /// A serializing instruction: pages that others may have written unnoticed are compared now,
     /// as cross-modifying code relies on (Intel SDM 3A 8.1.3).
     pub fn serialize(&mut self) {
-        let vm = self.vm.clone();
-        if let Some(mailbox) = vm.mailboxes.get(self.index as usize)
-            && mailbox.pending.load(Ordering::SeqCst) & pending::CODE != 0
-        {
-            mailbox.pending.fetch_and(!pending::CODE, Ordering::SeqCst);
-            self.hear_of_writes(mailbox);
+        if self.wanted() {
+            let vm = self.vm.clone();
+            if let Some(mailbox) = vm.mailboxes.get(self.index as usize)
+                && mailbox.pending.load(Ordering::SeqCst) & pending::CODE != 0
+            {
+                mailbox.pending.fetch_and(!pending::CODE, Ordering::SeqCst);
+                self.hear_of_writes(mailbox);
+            }
+        }
+        if self.cache.unsure.is_empty() {
+            return;
         }
         for (page, _) in self.cache.unsure.clone() {
             self.verify_code(page);
@@ -479,6 +526,7 @@ impl Cpu {
     fn wait(&mut self) {
         if self.lapic.mp == MpState::Halted && events::can_wake(self) {
             self.lapic.mp = MpState::Running;
+            self.outstanding = true;
             return;
         }
         let now = Instant::now();

@@ -138,6 +138,9 @@ impl Cpu {
     /// Reads a value of a system structure; linear addresses are 64 bits wide in long mode,
     /// whatever the width of the code.
     pub(crate) fn system_load(&mut self, address: u64, size: usize) -> Result<u64, Exception> {
+        if (address & 0xfff) as usize + size <= 4096 {
+            return self.load_value(address & self.system_mask(), size, As::System);
+        }
         let mut value = 0;
         for (at, part, len) in self.system_parts(address, size) {
             if len > 0 {
@@ -156,6 +159,9 @@ impl Cpu {
         value: u64,
         size: usize,
     ) -> Result<(), Exception> {
+        if (address & 0xfff) as usize + size <= 4096 {
+            return self.store_value(address & self.system_mask(), value, size, As::System);
+        }
         let parts = self.system_parts(address, size);
         for (_, part, len) in parts {
             if len > 0 {
@@ -181,9 +187,13 @@ impl Cpu {
         Ok(())
     }
 
+    fn system_mask(&self) -> u64 {
+        if self.long_mode() { u64::MAX } else { 0xffff_ffff }
+    }
+
     /// The pieces (offset, address, length) of an access, one a page.
     fn system_parts(&self, address: u64, size: usize) -> [(usize, u64, usize); 2] {
-        let m = if self.long_mode() { u64::MAX } else { 0xffff_ffff };
+        let m = self.system_mask();
         let address = address & m;
         let first = size.min(4096 - (address & 0xfff) as usize);
         let next = (address | 0xfff).wrapping_add(1) & m;

@@ -3,12 +3,12 @@
 //!
 //! Conventions. In translated code RSP points at the [`Cpu`]; guest registers are where
 //! `emit::layout` says. A *call* thunk is reached by `call`, saves all guest registers, calls a
-//! Rust function on the stack below the `Cpu`, and either restores them and returns, or leaves to
-//! the run loop. A *leave* thunk is reached by `jmp`. Vector registers are saved to `Cpu::area`
+//! Rust function on the stack below the `Cpu`, and either restores them and returns, or goes on in
+//! another block that the function names, or leaves to the run loop. A *leave* thunk is reached by `jmp`. Vector registers are saved to `Cpu::area`
 //! before any Rust code runs if `vectors_live` says that they are in host registers; only the
 //! variants for blocks that use vectors load them again.
 #![allow(unsafe_code)]
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, JUMP_CACHE_ENTRIES, JumpCache};
 use crate::helpers;
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -28,7 +28,8 @@ pub mod index {
     /// Distance from each of the six above to its variant for blocks that use vectors.
     pub const VECTOR: usize = 6;
     pub const LOAD_VECTORS: usize = 15;
-    pub const COUNT: usize = 16;
+    pub const LEAVE_TRANSFER: usize = 16;
+    pub const COUNT: usize = 17;
 }
 
 /// Why translated code returned, in [`Cpu::exit`].
@@ -63,6 +64,7 @@ pub fn table() -> [usize; index::COUNT] {
         execute_vector as *const () as usize,
         group_vector as *const () as usize,
         load_vectors_at_entry as *const () as usize,
+        leave_transfer as *const () as usize,
     ]
 }
 
@@ -195,6 +197,24 @@ macro_rules! return_to_rust {
     };
 }
 
+/// Goes on in translated code at the host address in register `$target`, guest flags being in
+/// `raw_flags`; if that is zero, returns to the run loop.
+macro_rules! resume_or_return {
+    ($target:literal) => {
+        concat!(
+            "mov rsi, ",
+            $target,
+            "\n",
+            "test rsi, rsi\n",
+            "jz 4f\n",
+            load_registers!("0"),
+            "jmp rsi\n",
+            "4:\n",
+            return_to_rust!()
+        )
+    };
+}
+
 /// Enters translated code at `code` with the guest's registers; returns when it leaves.
 ///
 /// # Safety
@@ -242,10 +262,48 @@ unsafe extern "sysv64" fn leave_edge_saved() {
     )
 }
 
+/// RDI: guest address to go to, which is not in its first slot of the present mode's jump cache:
+/// goes there if it is in the second, else leaves as `leave_transfer`.
+#[unsafe(naked)]
+unsafe extern "sysv64" fn leave_indirect() {
+    core::arch::naked_asm!(
+        "mov [rsp+8+{spill}], rax",
+        "mov eax, [rsp+8+{mode}]",
+        "shr eax, {mmu_shift}",
+        "and eax, 3",
+        "imul eax, eax, {cache_size}",
+        "lea rax, [rsp+rax+8+{jumps}]",
+        "mov esi, edi",
+        "shr esi, 5",
+        "xor esi, edi",
+        "and esi, {slot_mask}",
+        "xor esi, 1",
+        "lea rax, [rax+rsi*8]",
+        "cmp rdi, [rax+{pcs}]",
+        "jne 2f",
+        "mov rsi, [rax+{hosts}]",
+        "mov rax, [rsp+8+{spill}]",
+        "add rsp, 8",
+        "jmp rsi",
+        "2:",
+        "mov rax, [rsp+8+{spill}]",
+        "jmp {leave_transfer}",
+        spill = const offset_of!(Cpu, spill),
+        mode = const offset_of!(Cpu, mode),
+        mmu_shift = const crate::mode::Mode::MMU_SHIFT,
+        cache_size = const size_of::<JumpCache>(),
+        jumps = const offset_of!(Cpu, jumps),
+        slot_mask = const JUMP_CACHE_ENTRIES - 1,
+        pcs = const offset_of!(JumpCache, pcs),
+        hosts = const offset_of!(JumpCache, hosts),
+        leave_transfer = sym leave_transfer,
+    )
+}
+
 /// RDI: guest address to go to. Guest flags are in `raw_flags`. Called, so that the return address
 /// tells where from.
 #[unsafe(naked)]
-unsafe extern "sysv64" fn leave_indirect() {
+unsafe extern "sysv64" fn leave_transfer() {
     core::arch::naked_asm!(
         "pop rsi",
         "mov [rsp+{exit_from}], rsi",
@@ -318,7 +376,7 @@ macro_rules! access_thunk {
                 "ret",
                 "3:",
                 "add rsp, 8",
-                return_to_rust!(),
+                resume_or_return!("rax"),
                 helper = sym $helper,
                 save_vectors = sym save_vectors,
                 after = sym $after,
@@ -366,8 +424,8 @@ macro_rules! commit_thunk {
                 "sub rsp, 8",
                 "call {helper}",
                 "add rsp, 8",
-                "test eax, eax",
-                "jz 3f",
+                "cmp rax, 1",
+                "jne 3f",
                 "lea rsi, [rsp+8]",
                 "call {after}",
                 load_flags!("8"),
@@ -375,7 +433,7 @@ macro_rules! commit_thunk {
                 "ret",
                 "3:",
                 "add rsp, 8",
-                return_to_rust!(),
+                resume_or_return!("rax"),
                 helper = sym helpers::commit,
                 save_vectors = sym save_vectors,
                 after = sym $after,
@@ -405,8 +463,8 @@ macro_rules! execute_thunk {
                 "sub rsp, 8",
                 "call {helper}",
                 "add rsp, 8",
-                "test eax, eax",
-                "jz 3f",
+                "cmp rax, 1",
+                "jne 3f",
                 "lea rsi, [rsp+8]",
                 "call {after}",
                 load_flags!("8"),
@@ -414,7 +472,7 @@ macro_rules! execute_thunk {
                 "ret",
                 "3:",
                 "add rsp, 8",
-                return_to_rust!(),
+                resume_or_return!("rax"),
                 helper = sym helpers::execute,
                 save_vectors = sym save_vectors,
                 after = sym $after,
@@ -426,7 +484,7 @@ macro_rules! execute_thunk {
     };
 }
 execute_thunk!(
-    /// RDI: pointer to the instruction; flags are in `raw_flags` and come back in host flags.
+    /// RDI: pointer to the `helpers::Helped`; flags are in `raw_flags` and come back in host flags.
     execute, stay_saved
 );
 execute_thunk!(execute_vector, load_vectors);

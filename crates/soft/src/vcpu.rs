@@ -3,9 +3,10 @@
 use crate::cache::CodeCache;
 use crate::cpu::{Bounce, Cpu, System};
 use crate::lapic::Lapic;
-use crate::mmu::ExecTlb;
 use crate::mode::Mode;
 use crate::region::CpuRegion;
+use crate::space::Spaces;
+use crate::tlb::{ExecTlb, Walked};
 use crate::vm::{VmShared, pending};
 use crate::{events, run, thunks};
 use arch::VcpuState;
@@ -85,6 +86,8 @@ unsafe fn place(cpu: *mut Cpu, cache: CodeCache, vm: Arc<VmShared>, index: u32) 
         (&raw mut (*cpu).sys).write(System::reset());
         (&raw mut (*cpu).mode).write(Mode::default());
         (&raw mut (*cpu).exec_tlb).write(ExecTlb::new());
+        (&raw mut (*cpu).walked).write(Walked::new());
+        (&raw mut (*cpu).spaces).write(Spaces::default());
         (&raw mut (*cpu).cache).write(cache);
         (&raw mut (*cpu).lapic).write(Lapic::new(index, vm.mailboxes.len() as u32));
         (&raw mut (*cpu).index).write(index);

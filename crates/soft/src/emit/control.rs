@@ -215,7 +215,7 @@ impl Emitter<'_> {
     pub(super) fn go_indirect(&mut self) {
         self.settle_stack();
         if !self.context.linkable {
-            self.asm.call_mem(layout::thunk(index::LEAVE_INDIRECT));
+            self.asm.call_mem(layout::thunk(index::LEAVE_TRANSFER));
             return;
         }
         let mmu = self.context.mode.mmu() as usize;

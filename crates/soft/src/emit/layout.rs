@@ -1,7 +1,7 @@
 //! Where things are in [`Cpu`](crate::cpu::Cpu), for translated code, and which host register
 //! holds which guest register.
 use super::asm::{Mem, Reg};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, System};
 use std::mem::offset_of;
 
 /// Holds the linear, then the host address of an access; free between instructions.
@@ -40,6 +40,25 @@ pub const VECTORS_LIVE: Mem = Mem::cpu(offset_of!(Cpu, vectors_live));
 /// TSC offset.
 pub const TSC_OFFSET: Mem = Mem::cpu(offset_of!(Cpu, tsc_offset));
 
+/// RFLAGS, but for the arithmetic flags.
+pub const RFLAGS: Mem = Mem::cpu(offset_of!(Cpu, rflags));
+/// The present mode.
+pub const MODE: Mem = Mem::cpu(offset_of!(Cpu, mode));
+/// The mode of a jump cache.
+pub const fn jump_mode(mmu: usize) -> Mem {
+    Mem::cpu(offset_of!(Cpu, jump_modes) + 4 * mmu)
+}
+/// Whether an interrupt may wait.
+pub const OUTSTANDING: Mem = Mem::cpu(offset_of!(Cpu, outstanding));
+/// PAUSEs to go.
+pub const PATIENCE: Mem = Mem::cpu(offset_of!(Cpu, patience));
+/// CR2.
+pub const CR2: Mem = Mem::cpu(offset_of!(Cpu, sys) + offset_of!(System, cr2));
+/// IA32_KERNEL_GS_BASE.
+pub const KERNEL_GS_BASE: Mem = Mem::cpu(offset_of!(Cpu, sys) + offset_of!(System, kernel_gs_base));
+/// IA32_TSC_AUX.
+pub const TSC_AUX: Mem = Mem::cpu(offset_of!(Cpu, sys) + offset_of!(System, tsc_aux));
+
 /// Spill slot `n`, 0 or 1 (2 and 3 belong to Rust code).
 pub const fn spill(n: usize) -> Mem {
     Mem::cpu(offset_of!(Cpu, spill) + 8 * n)
@@ -61,7 +80,7 @@ pub const fn segment_base(n: usize) -> Mem {
 
 /// Displacement of a TLB table from the CPU structure.
 pub const fn tlb_table(mmu: usize, write: bool) -> i32 {
-    use crate::mmu::{TLB_ENTRIES, Tlb, TlbEntry};
+    use crate::tlb::{TLB_ENTRIES, Tlb, TlbEntry};
     let table = TLB_ENTRIES * size_of::<TlbEntry>();
     (offset_of!(Cpu, tlb) + offset_of!(Tlb, tables) + (mmu * 2 + write as usize) * table) as i32
 }

@@ -12,8 +12,9 @@ pub mod memory;
 pub mod native;
 pub mod stack;
 pub mod strings;
+pub mod system;
 
-use crate::helpers::AccessInfo;
+use crate::helpers::{AccessInfo, Helped};
 use crate::mode::Mode;
 use crate::rewritten::Check;
 use crate::thunks::index;
@@ -21,7 +22,7 @@ use crate::translate::classify::Operands;
 use crate::translate::flags::{self, Effect, Flags};
 use crate::translate::groups::{Group, MAX_GROUPS, Member};
 use asm::{Asm, Fixup, Mem, Reg, Width, cc};
-use iced_x86::{Encoder, FlowControl, Instruction};
+use iced_x86::{Encoder, FlowControl, Instruction, Mnemonic};
 use layout::{ADDRESS, RAW_FLAGS, SCRATCH};
 use std::ops::Range;
 
@@ -82,7 +83,8 @@ enum Cold {
     Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn, position: usize },
     Indirect { miss: Fixup, position: usize },
     Stale { stale: Vec<Fixup>, position: usize },
-    String { slow: Vec<Fixup>, helped: *const Instruction, back: usize, position: usize },
+    String { slow: Vec<Fixup>, helped: *const Helped, back: usize, position: usize },
+    Helper { fixups: [Option<Fixup>; 2], helped: *const Helped, back: usize, position: usize },
 }
 
 /// What the emitter needs to know of its surroundings.
@@ -328,7 +330,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// An instruction executed by Rust code.
-    pub fn helper(&mut self, insn: *const Instruction) {
+    pub fn helper(&mut self, insn: *const Helped) {
         if self.flags == FlagsIn::Host {
             self.asm.save_flags(RAW_FLAGS);
             self.flags = FlagsIn::Saved;
@@ -347,8 +349,14 @@ impl<'a> Emitter<'a> {
         self.asm.raw(&[0x0f, 0x0b]);
     }
 
-    /// RDTSC (Intel SDM 2B), with the guest's offset; leaves flags alone where the host has BMI2.
-    pub fn read_tsc(&mut self) {
+    /// RDTSC and RDTSCP (Intel SDM 2B), with the guest's offset; leaves flags alone where the host
+    /// has BMI2.
+    pub fn read_tsc(&mut self, insn: &Instruction) {
+        let numbered = insn.mnemonic() == Mnemonic::Rdtscp;
+        if numbered {
+            // All loads before it are done, as RDTSCP has it.
+            self.asm.raw(&[0x0f, 0xae, 0xe8]); // lfence
+        }
         if !self.context.bmi2 {
             self.free_flags(self.live_before);
         }
@@ -367,6 +375,9 @@ impl<'a> Emitter<'a> {
             self.asm.mov(Width::W32, Reg::RDX, Reg::RDX);
         } else {
             self.asm.shift_imm(Width::W64, 5, Reg::RDX, 32);
+        }
+        if numbered {
+            self.asm.load(Width::W32, Reg::RCX, layout::TSC_AUX);
         }
     }
 
@@ -413,6 +424,10 @@ impl<'a> Emitter<'a> {
             Cold::Stale { stale, position } => self.place_stale(stale, position),
             Cold::String { slow, helped, back, position } => {
                 self.place_string(slow, helped, back, position);
+            }
+            Cold::Helper { fixups, helped, back, position } => {
+                self.resume_position(position);
+                self.place_helper(fixups, helped, back);
             }
             Cold::Indirect { miss, position } => {
                 self.resume_position(position);

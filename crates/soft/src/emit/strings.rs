@@ -3,9 +3,10 @@
 use super::asm::{Fixup, Mem, Reg, Width, cc, op};
 use super::layout::{self, ADDRESS, SCRATCH};
 use super::{Cold, Emitter, FlagsIn};
-use crate::mmu::TLB_ENTRIES;
+use crate::helpers::Helped;
 use crate::mode::Mode;
 use crate::thunks::index;
+use crate::tlb::TLB_ENTRIES;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// The host registers of the guest's RSI and RDI.
@@ -81,7 +82,7 @@ pub fn sets_flags(insn: &Instruction) -> bool {
 
 impl Emitter<'_> {
     /// A string instruction; `helped` is the instruction as a helper needs it.
-    pub fn string(&mut self, insn: &Instruction, helped: *const Instruction) {
+    pub fn string(&mut self, insn: &Instruction, helped: *const Helped) {
         let Some(kind) = Kind::of(insn) else { return self.helper(helped) };
         let repeats = insn.has_rep_prefix() || insn.has_repne_prefix();
         // Element operands all have the size of the memory operand.
@@ -207,7 +208,7 @@ impl Emitter<'_> {
     pub(super) fn place_string(
         &mut self,
         slow: Vec<Fixup>,
-        helped: *const Instruction,
+        helped: *const Helped,
         back: usize,
         position: usize,
     ) {

@@ -106,6 +106,7 @@ pub fn timer_expired(cpu: &mut Cpu, now: Instant) {
     if now < deadline {
         return;
     }
+    cpu.outstanding = true;
     match cpu.lapic.timer_mode() {
         TimerMode::OneShot => cpu.lapic.deadline = None,
         TimerMode::Periodic => {

@@ -47,8 +47,13 @@ pub enum Class {
     CallIndirect,
     /// Near RET.
     Return,
-    /// RDTSC where the mode allows it at all levels.
+    /// RDTSC and RDTSCP where the mode allows them at all levels.
     ReadTsc,
+    /// What privileged 64-bit code does all the time: see `emit::system`. Only
+    /// `translate::fetch` gives this class, which depends on the mode.
+    System,
+    /// The same for what changes the mode, and so ends the block.
+    SystemEnd,
     /// A Rust helper; the block goes on after it.
     Helper,
     /// A Rust helper after which the block ends.
@@ -59,7 +64,7 @@ pub enum Class {
 
 impl Class {
     /// All of them, each at the place of its number less one.
-    pub(super) const ALL: [Self; 21] = [
+    pub(super) const ALL: [Self; 23] = [
         Self::Native,
         Self::NativeVector,
         Self::Nothing,
@@ -78,6 +83,8 @@ impl Class {
         Self::CallIndirect,
         Self::Return,
         Self::ReadTsc,
+        Self::System,
+        Self::SystemEnd,
         Self::Helper,
         Self::HelperEnd,
         Self::Invalid,
@@ -129,7 +136,7 @@ pub(super) fn compute(insn: &Instruction, memory: bool) -> Class {
         }
         M::Mov if is_offset_move(insn) => Class::MovOffset,
         M::Mov if (0..2).any(|i| is_special_register(insn, i)) => Class::HelperEnd,
-        M::Rdtsc => Class::ReadTsc,
+        M::Rdtsc | M::Rdtscp => Class::ReadTsc,
         _ if ends_block(insn.mnemonic()) => Class::HelperEnd,
         _ if needs_helper(insn, memory) => Class::Helper,
         _ if uses_vectors(insn) => Class::NativeVector,

@@ -15,7 +15,7 @@ use crate::mode::Mode;
 use crate::ram::Ram;
 use crate::rewritten::Field;
 use arch::SegmentName;
-use iced_x86::{Code, Decoder, DecoderError, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderError, Instruction, Mnemonic, Register};
 
 /// Instructions in a block at most.
 const MAX_STEPS: usize = 48;
@@ -194,6 +194,7 @@ impl Cpu {
                 break;
             }
         }
+        settle_shadow(steps, mode);
         Ok(())
     }
 
@@ -222,12 +223,21 @@ impl Cpu {
         let seen = &mut run.looked_at;
         let (ram, instructions, mode) = (&self.vm.ram, &self.vm.instructions, key.mode);
         let mut ahead = Ahead { ram, instructions, mode, pages, seen, budget: 24 };
-        let mut live = |pc: u64| ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES);
+        // A block that is there already says what it wants, which may be more than is seen here.
+        let wanted = |pc: u64| {
+            let page = pages.iter().flatten().find(|p| p.0 == pc & !0xfff);
+            page.map_or(0, |p| {
+                self.cache.live_in(&Key { pc, physical: p.1 | pc & 0xfff, mode: key.mode })
+            })
+        };
+        let mut live = |pc: u64| ahead.live(pc, LOOK_AHEAD, LOOK_BRANCHES) | wanted(pc);
         let target = target_pc.map(|pc| successor(pc, live(pc), near(pc)));
         let falls =
             last.is_none_or(|s| !matches!(s.class, Class::Jump | Class::Call)) || direct.is_none();
         let next_live = if falls { live(next_pc) } else { 0 };
-        let next = successor(next_pc, next_live, near(next_pc));
+        // Where the page ends within the next instruction, what follows depends on two pages.
+        let cut = run.steps.len() < MAX_STEPS && last.is_some_and(|s| !ends(s.class));
+        let next = successor(next_pc, next_live, near(next_pc) && !cut);
         let mut flow = live_out(last.as_ref(), &next, target.as_ref());
         for step in run.steps.iter_mut().rev() {
             step.live_after = flow;
@@ -273,6 +283,7 @@ fn stop_after_write(run: &mut Run) {
             operands.memory(&step.insn).is_some_and(|o| o.writes)
         }
         Class::Push | Class::PushMemory | Class::MovOffset | Class::Helper => true,
+        Class::System => step.is_inline(Mnemonic::Pushfq),
         _ => false,
     };
     let Some(last) = run.steps.iter().position(writes) else { return };
@@ -319,15 +330,34 @@ fn effect(facts: Facts, insn: &Instruction, class: Class) -> Effect {
 
 /// The class of an instruction, given the mode and the CPU.
 fn refine(insn: &Instruction, mode: Mode, instructions: &InstructionSet) -> Class {
-    match (classify_for(insn, instructions), insn.code()) {
-        (_, Code::Cld) if !mode.down() => Class::Nothing,
-        (_, Code::Std) if mode.down() => Class::Nothing,
-        (class, _) => class,
+    let class = classify_for(insn, instructions);
+    // Where each instruction is a block, helpers do.
+    let system = mode.is_64() && mode.cpl() == 0 && !mode.step() && !mode.shadow();
+    match insn.code() {
+        Code::Cld if !mode.down() => Class::Nothing,
+        Code::Std if mode.down() => Class::Nothing,
+        Code::Swapgs | Code::Cli | Code::Sti | Code::Pushfq if system => Class::System,
+        Code::Mov_r64_cr if system && insn.op1_register() == Register::CR2 => Class::System,
+        Code::Stac | Code::Clac if system && mode.smap() => Class::SystemEnd,
+        Code::Pause if !mode.step() && !mode.shadow() => Class::System,
+        _ => class,
     }
 }
 
 fn ends(class: Class) -> bool {
-    super::is_transfer(class) || matches!(class, Class::HelperEnd | Class::Invalid)
+    super::is_transfer(class)
+        || matches!(class, Class::HelperEnd | Class::SystemEnd | Class::Invalid)
+}
+
+/// STI holds interrupts off until after the next instruction. Translated code does that by not
+/// looking for them in between, where the next instruction is in the same block; elsewhere the
+/// run loop sees to it.
+fn settle_shadow(steps: &mut [Step], mode: Mode) {
+    if let Some(last) = steps.last_mut()
+        && last.is_inline(Mnemonic::Sti)
+    {
+        *last = step(last.insn, Class::HelperEnd, mode);
+    }
 }
 
 fn live_out(last: Option<&Step>, next: &Successor, target: Option<&Successor>) -> Flags {

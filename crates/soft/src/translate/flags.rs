@@ -31,6 +31,9 @@ pub fn effect(insn: &Instruction, class: Class) -> Effect {
         Class::Helper | Class::HelperEnd | Class::Invalid => {
             Effect { reads: ALL, kills: 0, touches: ALL }
         }
+        Class::System if insn.mnemonic() == Mnemonic::Pushfq => {
+            Effect { reads: ALL, kills: 0, touches: 0 }
+        }
         Class::Native | Class::NativeVector | Class::BitString => native(insn),
         Class::Branch => Effect { reads: insn.rflags_read() & ALL, kills: 0, touches: 0 },
         Class::LoopBranch => Effect { reads: insn.rflags_read() & ALL, kills: 0, touches: 0 },

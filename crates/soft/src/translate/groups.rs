@@ -63,6 +63,9 @@ struct Planner<'a> {
     registers: [Value; 16],
     next_epoch: u32,
     groups: &'a mut Vec<Group>,
+    /// The present instruction is in the shadow of STI: it must not leave the block before it is
+    /// through, so it cannot probe for a group.
+    shadow: bool,
 }
 
 /// Puts the accesses of a block into `groups`, and marks them in `steps`.
@@ -75,7 +78,7 @@ pub fn plan(steps: &mut [Step], mode: Mode, operands: &mut Operands, groups: &mu
         return;
     }
     let registers = std::array::from_fn(|n| Value { epoch: n as u32, delta: 0 });
-    let mut planner = Planner { mode, operands, registers, next_epoch: 16, groups };
+    let mut planner = Planner { mode, operands, registers, next_epoch: 16, groups, shadow: false };
     for step in steps.iter_mut() {
         planner.step(step);
     }
@@ -88,6 +91,7 @@ fn may_access(step: &Step) -> bool {
         Class::Native | Class::NativeVector => has_memory(&step.insn),
         Class::Push | Class::PushMemory | Class::Pop => true,
         Class::Call | Class::CallIndirect | Class::Return => true,
+        Class::System => step.is_inline(Mnemonic::Pushfq),
         _ => false,
     }
 }
@@ -112,6 +116,22 @@ fn settle(steps: &mut [Step], groups: &[Group]) {
 
 impl Planner<'_> {
     fn step(&mut self, step: &mut Step) {
+        self.classify(step);
+        self.shadow = step.is_inline(Mnemonic::Sti);
+    }
+
+    fn system(&mut self, step: &mut Step) {
+        match step.insn.mnemonic() {
+            Mnemonic::Pushfq => {
+                self.registers[RSP].delta -= 8;
+                step.stack = self.access(RSP, 0, 8, true, SegmentName::Ss);
+            }
+            Mnemonic::Mov => self.forget(step.insn.op0_register().number()),
+            _ => {}
+        }
+    }
+
+    fn classify(&mut self, step: &mut Step) {
         let insn = &step.insn;
         match step.class {
             Class::Native | Class::NativeVector => {
@@ -139,6 +159,7 @@ impl Planner<'_> {
                 self.forget(RBP);
             }
             Class::Lea => self.effects(insn),
+            Class::System => self.system(step),
             Class::Nothing | Class::Jump | Class::Branch | Class::JumpIndirect => {}
             Class::MovOffset | Class::BitString | Class::ReadTsc => self.effects(insn),
             _ => (0..16).for_each(|n| self.forget(n)),
@@ -177,7 +198,7 @@ impl Planner<'_> {
         write: bool,
         segment: SegmentName,
     ) -> Option<Member> {
-        if self.mode.access(segment, write) != SegmentClass::Flat {
+        if self.shadow || self.mode.access(segment, write) != SegmentClass::Flat {
             return None;
         }
         // Flat segments are all the same.

@@ -15,6 +15,7 @@ use crate::emit::checked::Variable;
 use crate::emit::control::Successor;
 use crate::emit::{Buffers, Context, Emitted, Emitter, stack};
 use crate::exception::Exception;
+use crate::helpers::Helped;
 use crate::mode::Mode;
 use crate::ram::Ram;
 use crate::rewritten::Check;
@@ -24,7 +25,7 @@ use classify::{Class, Operands};
 use fetch::Run;
 use flags::{ALL, Effect, Flags};
 use groups::{Group, Member};
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 use std::sync::atomic::Ordering;
 
 /// A decoded guest instruction and what is to be done with it.
@@ -43,6 +44,20 @@ pub struct Step {
     operand: Option<Member>,
     /// Membership of the implicit stack access.
     stack: Option<Member>,
+}
+
+impl Step {
+    /// Whether this is the system instruction `mnemonic`, handled by translated code itself.
+    fn is_inline(&self, mnemonic: Mnemonic) -> bool {
+        matches!(self.class, Class::System | Class::SystemEnd) && self.insn.mnemonic() == mnemonic
+    }
+
+    /// Whether translated code handles it itself but for rare cases, which a helper does.
+    fn may_need_help(&self) -> bool {
+        const SOME: [Mnemonic; 4] =
+            [Mnemonic::Sti, Mnemonic::Stac, Mnemonic::Clac, Mnemonic::Pause];
+        SOME.iter().any(|&m| self.is_inline(m))
+    }
 }
 
 /// What is needed while a block is translated, kept for the next one.
@@ -236,15 +251,17 @@ impl Cpu {
         checks
     }
 
-    fn emit(
-        &mut self,
-        key: Key,
-        desk: &mut Desk,
-        checks: &[Check],
-    ) -> (Emitted, Box<[Instruction]>) {
+    fn emit(&mut self, key: Key, desk: &mut Desk, checks: &[Check]) -> (Emitted, Box<[Helped]>) {
         let Desk { run, groups, operands, buffers, .. } = desk;
-        let helped: Box<[Instruction]> =
-            run.steps.iter().filter(|s| s.helped).map(|s| s.insn).collect();
+        let helped: Box<[Helped]> = run
+            .steps
+            .iter()
+            .filter(|s| s.helped || s.may_need_help())
+            .map(|s| match s.class {
+                Class::Invalid => Helped::invalid(s.insn),
+                _ => Helped::new(s.insn),
+            })
+            .collect();
         groups.clear();
         if checks.is_empty() && !self.cache.is_ungrouped(&key) {
             groups::plan(&mut run.steps, key.mode, operands, groups);
@@ -266,6 +283,12 @@ impl Cpu {
                     Some(insn) if step.string => emitter.string(&step.insn, insn),
                     Some(insn) => emitter.helper(insn),
                     None => {}
+                }
+                continue;
+            }
+            if step.may_need_help() {
+                if let Some(help) = next_helped.next() {
+                    emitter.system_with_help(&step.insn, help);
                 }
                 continue;
             }
@@ -383,7 +406,7 @@ fn emit_simple(emitter: &mut Emitter<'_>, step: &Step, run: &Run) {
         Class::PushMemory => emitter.push_memory(insn),
         Class::Pop => emitter.pop(insn),
         Class::Leave => emitter.leave(insn),
-        Class::ReadTsc => emitter.read_tsc(),
+        Class::ReadTsc => emitter.read_tsc(insn),
         Class::Jump => emitter.go(taken),
         Class::Branch => emitter.branch(insn, taken, run.next),
         Class::LoopBranch => emitter.loop_branch(insn, taken, run.next),
@@ -391,6 +414,7 @@ fn emit_simple(emitter: &mut Emitter<'_>, step: &Step, run: &Run) {
         Class::JumpIndirect => emitter.jump_indirect(insn),
         Class::CallIndirect => emitter.call_indirect(insn),
         Class::Return => emitter.ret(insn),
+        Class::System | Class::SystemEnd => emitter.system(insn),
         _ => {}
     }
 }
