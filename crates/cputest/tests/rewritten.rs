@@ -231,6 +231,43 @@ on_each_engine!(a_jump_patched_by_another_vcpu_leaves_its_loop, |engine| {
     assert_eq!(guest.run().done(), [1]);
 });
 
+on_each_engine!(a_loop_of_one_block_sees_that_another_vcpu_opens_it, |engine| {
+    let mut guest = Guest::with_vcpus(engine, Mode::LONG, 2).unwrap();
+    guest.code(at::CODE, |a| {
+        let (mut other, mut again, mut wait) =
+            (a.create_label(), a.create_label(), a.create_label());
+        a.mov(ebx, PATCHED as u32)?;
+        a.xor(ecx, ecx)?;
+        a.test(esi, esi)?;
+        a.jne(other)?;
+        a.mov(ebp, ROUNDS)?;
+        // vCPU 0 makes the branch back one that is not taken, and back again.
+        a.set_label(&mut again)?;
+        a.mov(eax, dword_ptr(rbx + 0x1000))?;
+        a.mov(byte_ptr(rbx + 2), 0x75)?;
+        a.set_label(&mut wait)?;
+        a.pause()?;
+        a.cmp(dword_ptr(rbx + 0x1000), eax)?;
+        a.je(wait)?;
+        a.mov(byte_ptr(rbx + 2), 0x74)?;
+        a.dec(ebp)?;
+        a.jne(again)?;
+        a.mov(eax, 1)?;
+        say(a)?;
+        done(a)?;
+        a.set_label(&mut other)?;
+        a.jmp(rbx)
+    });
+    // test ecx, ecx; je to the TEST
+    write(&guest.memory, PATCHED, &[0x85, 0xc9, 0x74, 0xfc]);
+    guest.code(PATCHED + 4, |a| {
+        a.inc(dword_ptr(rbx + 0x1000))?;
+        a.jmp(rbx)
+    });
+    start(&mut guest, 1);
+    assert_eq!(guest.run().done(), [1]);
+});
+
 on_each_engine!(a_rewritten_instruction_across_two_pages_follows_both, |engine| {
     let mut guest = patching(engine, Mode::LONG, |a| {
         a.add(rbx, 0xffe)?;

@@ -136,6 +136,8 @@ pub struct Emitter<'a> {
     kept: [Range<usize>; MAX_GROUPS],
     /// By how much the guest's RSP is yet to be moved.
     stack_moved: i32,
+    /// Where the block goes on if it branches to itself: what its entry finds out still holds then.
+    around: Option<usize>,
     /// Where a block that checks its code is entered with flags in `raw_flags`.
     checked_entry: Option<u32>,
 }
@@ -226,6 +228,7 @@ impl<'a> Emitter<'a> {
             holds: None,
             kept: [const { 0..0 }; MAX_GROUPS],
             stack_moved: 0,
+            around: None,
             checked_entry: None,
         };
         emitter.mark();
@@ -233,15 +236,21 @@ impl<'a> Emitter<'a> {
             emitter.free_flags(flags::ALL);
             emitter.checked_entry = Some(emitter.asm.here() as u32);
         }
+        if context.vectors && checks.is_empty() {
+            emitter.require_vectors();
+        }
+        if context.linkable && checks.is_empty() && emitter.flags == FlagsIn::Host {
+            emitter.around = Some(emitter.asm.here());
+        }
         if poll {
             emitter.asm.load(Width::W64, ADDRESS, layout::POLL);
             emitter.asm.load(Width::W32, ADDRESS, Mem::at(ADDRESS, 0));
         }
         if !checks.is_empty() {
             emitter.check(checks);
-        }
-        if context.vectors {
-            emitter.require_vectors();
+            if context.vectors {
+                emitter.require_vectors();
+            }
         }
         emitter
     }
