@@ -157,9 +157,9 @@ pub struct Cpu {
     /// another thread wants this vCPU's attention.
     pub poll: AtomicU64,
     /// Arithmetic flags as LAHF and SETO leave them: AL = OF, AH = SF ZF AF PF CF.
-    pub raw_flags: u64,
+    pub raw_flags: u16,
     /// Flags in the same form, as they were when a thunk or a signal interrupted translated code.
-    pub host_flags: u64,
+    pub host_flags: u16,
     /// Host addresses of the present block's groups of accesses.
     pub groups: [u64; crate::translate::groups::MAX_GROUPS],
     /// Spill slots of translated code.
