@@ -283,6 +283,10 @@ fn single(cpu: &mut Cpu) -> Result<(), EngineError> {
 
 /// The block at `rip`; faults of the fetch are delivered.
 fn find(cpu: &mut Cpu) -> Option<BlockId> {
+    // Here no translation is in use.
+    if cpu.spaces.crowded() {
+        cpu.flush_tlb();
+    }
     match cpu.block_at(cpu.rip) {
         Ok(block) => Some(block),
         Err(exception) => {
