@@ -230,6 +230,44 @@ fn a_jump_patched_by_another_vcpu_leaves_its_loop() {
 }
 
 #[test]
+fn a_loop_of_one_block_sees_that_another_vcpu_opens_it() {
+    let mut guest = Guest::with_vcpus(Mode::LONG, 2).unwrap();
+    guest.code(at::CODE, |a| {
+        let (mut other, mut again, mut wait) =
+            (a.create_label(), a.create_label(), a.create_label());
+        a.mov(ebx, PATCHED as u32)?;
+        a.xor(ecx, ecx)?;
+        a.test(esi, esi)?;
+        a.jne(other)?;
+        a.mov(ebp, ROUNDS)?;
+        // vCPU 0 makes the branch back one that is not taken, and back again.
+        a.set_label(&mut again)?;
+        a.mov(eax, dword_ptr(rbx + 0x1000))?;
+        a.mov(byte_ptr(rbx + 2), 0x75)?;
+        a.set_label(&mut wait)?;
+        a.pause()?;
+        a.cmp(dword_ptr(rbx + 0x1000), eax)?;
+        a.je(wait)?;
+        a.mov(byte_ptr(rbx + 2), 0x74)?;
+        a.dec(ebp)?;
+        a.jne(again)?;
+        a.mov(eax, 1)?;
+        say(a)?;
+        done(a)?;
+        a.set_label(&mut other)?;
+        a.jmp(rbx)
+    });
+    // test ecx, ecx; je to the TEST
+    write(&guest.memory, PATCHED, &[0x85, 0xc9, 0x74, 0xfc]);
+    guest.code(PATCHED + 4, |a| {
+        a.inc(dword_ptr(rbx + 0x1000))?;
+        a.jmp(rbx)
+    });
+    start(&mut guest, 1);
+    assert_eq!(guest.run().done(), [1]);
+}
+
+#[test]
 fn a_rewritten_instruction_across_two_pages_follows_both() {
     let mut guest = patching(Mode::LONG, |a| {
         a.add(rbx, 0xffe)?;
@@ -252,13 +290,13 @@ fn a_rewritten_instruction_across_two_pages_follows_both() {
 
 #[test]
 fn a_rewritten_page_that_settles_goes_on_as_before() {
-    // Beside the patched function, 64 others are written and called, each once in 64 rounds.
+    // Beside the patched function, 256 others are written and called one after the other: so many
+    // new blocks that the page counts as an ordinary one again.
     let mut guest = patching(Mode::LONG, |a| {
         a.mov(dword_ptr(rbx + 1), ebp)?;
         a.mov(eax, ebp)?;
-        a.and(eax, 63)?;
-        a.shl(eax, 4)?;
-        a.lea(rdx, qword_ptr(rbx + rax + 0x100))?;
+        a.and(eax, 255)?;
+        a.lea(rdx, qword_ptr(rbx + rax * 8 + 0x100))?;
         a.mov(eax, 0xb8)?;
         a.mov(byte_ptr(rdx), al)?;
         a.mov(dword_ptr(rdx + 1), ebp)?;

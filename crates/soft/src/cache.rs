@@ -123,6 +123,10 @@ const DATA_BY_NOW: u32 = 64;
 /// translations go, and writes to it are fast again.
 const REWRITTEN: u32 = 4;
 
+/// The cache counts as full when there is a block for each so many bytes of it: what is known of
+/// blocks, dead ones too, takes memory beside their code.
+const BYTES_A_BLOCK: u64 = 128;
+
 /// What the translator hands over.
 pub struct NewBlock<'a> {
     /// Key.
@@ -229,7 +233,10 @@ impl CodeCache {
     /// `cells` is the vCPU's array of link cells.
     pub fn add(&mut self, new: NewBlock<'_>, cells: &mut [u64; CELLS]) -> Option<BlockId> {
         let NewBlock { key, second_page, emitted, instructions, sources, digest, checks } = new;
-        if self.cells as usize + emitted.cells as usize >= CELLS {
+        let (start, end) = self.memory.range();
+        let most = (end - start) / BYTES_A_BLOCK;
+        if self.cells as usize + emitted.cells as usize >= CELLS || self.blocks.len() as u64 >= most
+        {
             return None;
         }
         let entry = self.memory.install(emitted.code())?;

@@ -24,8 +24,8 @@ const OFTEN: u32 = 16;
 /// It does if no more than so many blocks were translated for each patch: where a compiler fills a
 /// page with fresh code at one go, checks would bring nothing.
 const TRANSLATIONS_A_PATCH: u32 = 4;
-/// A checked page is watched again once this many new blocks came with few stale ones between.
-const SETTLED: u32 = 64;
+/// A checked page is watched again once this many new blocks came with no stale one between.
+const SETTLED: u32 = 200;
 /// Versions of a block that are kept.
 const MAX_VERSIONS: usize = 8;
 
@@ -83,8 +83,7 @@ struct History {
 #[derive(Default)]
 struct CheckedPage {
     blocks: Vec<BlockId>,
-    /// Blocks translated because their code had changed, and others.
-    stale: u32,
+    /// Blocks translated since one was because its code had changed.
     fresh: u32,
 }
 
@@ -154,11 +153,8 @@ impl Rewritten {
     /// if the page is to be watched again.
     fn settle(&mut self, page: u64, stale: bool) -> Option<Vec<BlockId>> {
         let checked = self.pages.get_mut(&page)?;
-        match stale {
-            true => checked.stale += 1,
-            false => checked.fresh += 1,
-        }
-        if checked.fresh < SETTLED || checked.stale.saturating_mul(8) >= checked.fresh {
+        checked.fresh = if stale { 0 } else { checked.fresh + 1 };
+        if checked.fresh < SETTLED {
             return None;
         }
         self.pages.remove(&page).map(|p| p.blocks)

@@ -90,7 +90,13 @@ impl Emitter<'_> {
     pub fn branch(&mut self, insn: &Instruction, taken: Successor, other: Successor) {
         self.need_flags();
         let condition = condition(insn.condition_code());
-        self.conditional(condition, taken);
+        match self.around.filter(|_| taken.near && taken.pc == self.context.pc) {
+            Some(start) => {
+                let fixup = self.asm.jcc(condition);
+                self.asm.bind_to(fixup, start);
+            }
+            None => self.conditional(condition, taken),
+        }
         self.go(other);
     }
 

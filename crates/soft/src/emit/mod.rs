@@ -112,7 +112,7 @@ pub struct Context {
 pub struct Emitter<'a> {
     asm: Asm,
     context: Context,
-    encoder: Encoder,
+    encoder: Box<Encoder>,
     operands: &'a mut Operands,
     flags: FlagsIn,
     positions: Vec<Position>,
@@ -136,6 +136,8 @@ pub struct Emitter<'a> {
     kept: [Range<usize>; MAX_GROUPS],
     /// By how much the guest's RSP is yet to be moved.
     stack_moved: i32,
+    /// Where the block goes on if it branches to itself: what its entry finds out still holds then.
+    around: Option<usize>,
     /// Where a block that checks its code is entered with flags in `raw_flags`.
     checked_entry: Option<u32>,
 }
@@ -146,13 +148,13 @@ pub struct Buffers {
     positions: Vec<Position>,
     edges: Vec<EdgeSpec>,
     cold: Vec<Cold>,
-    encoder: Encoder,
+    encoder: Box<Encoder>,
 }
 
 impl Default for Buffers {
     fn default() -> Self {
         let (code, positions, edges, cold) = Default::default();
-        Self { code, positions, edges, cold, encoder: Encoder::new(64) }
+        Self { code, positions, edges, cold, encoder: Box::new(Encoder::new(64)) }
     }
 }
 
@@ -226,6 +228,7 @@ impl<'a> Emitter<'a> {
             holds: None,
             kept: [const { 0..0 }; MAX_GROUPS],
             stack_moved: 0,
+            around: None,
             checked_entry: None,
         };
         emitter.mark();
@@ -233,15 +236,21 @@ impl<'a> Emitter<'a> {
             emitter.free_flags(flags::ALL);
             emitter.checked_entry = Some(emitter.asm.here() as u32);
         }
+        if context.vectors && checks.is_empty() {
+            emitter.require_vectors();
+        }
+        if context.linkable && checks.is_empty() && emitter.flags == FlagsIn::Host {
+            emitter.around = Some(emitter.asm.here());
+        }
         if poll {
             emitter.asm.load(Width::W64, ADDRESS, layout::POLL);
             emitter.asm.load(Width::W32, ADDRESS, Mem::at(ADDRESS, 0));
         }
         if !checks.is_empty() {
             emitter.check(checks);
-        }
-        if context.vectors {
-            emitter.require_vectors();
+            if context.vectors {
+                emitter.require_vectors();
+            }
         }
         emitter
     }

@@ -40,7 +40,7 @@ pub struct Run {
     pub next: Successor,
     /// Target of the direct jump or call at the end.
     pub target: Option<Successor>,
-    /// The guest bytes.
+    /// The guest bytes, and some that follow.
     pub bytes: Vec<u8>,
     /// Constants among them that could be loaded at run time.
     pub fields: Vec<Field>,
@@ -108,9 +108,9 @@ impl Cpu {
     ) -> Result<(), Exception> {
         let left = 4096 - (key.physical & 0xfff) as usize;
         let window = left.min(WINDOW);
-        let mut bytes = [0xff; WINDOW + MAX_LENGTH];
-        // Where there is no RAM, fetches read as ones: an invalid opcode.
-        let _ = copy(&self.vm.ram, key.physical, &mut bytes[..window]);
+        let mut bytes = std::mem::take(&mut run.bytes);
+        bytes.resize(WINDOW + MAX_LENGTH, 0);
+        self.read_code(key.physical, &mut bytes[..window]);
         let one = key.mode.step() || key.mode.shadow();
         let limit = if one { 1 } else { MAX_STEPS };
         run.second_page = None;
@@ -119,23 +119,28 @@ impl Cpu {
             // The first instruction goes on in the next page.
             let next = (linear | 0xfff).wrapping_add(1) & self.address_mask();
             let physical = self.translate_fetch(next)?;
-            let tail = &mut bytes[left..left + MAX_LENGTH];
-            let _ = copy(&self.vm.ram, physical & !0xfff, tail);
+            self.read_code(physical & !0xfff, &mut bytes[left..left + MAX_LENGTH]);
             run.second_page = Some(physical & !0xfff);
             self.decode(key, &bytes[..left + MAX_LENGTH], 1, run).map_err(|()| Exception::GP0)?;
         }
         self.check_limit(&run.steps)?;
         run.fields.clear();
-        run.bytes.clear();
         let pages = [Some(key.physical), run.second_page];
         let checked = pages.iter().flatten().any(|&p| self.cache.rewritten.checks(p));
         if checked {
             stop_after_write(run);
             run.fields = find_fields(&run.steps, key, &bytes[..run.len]);
         }
-        run.bytes.extend_from_slice(&bytes[..run.len]);
+        run.bytes = bytes;
         self.finish_run(key, run, checked);
         Ok(())
+    }
+
+    /// Reads code within a page. Where there is no RAM, fetches read as ones: an invalid opcode.
+    fn read_code(&self, physical: u64, to: &mut [u8]) {
+        if copy(&self.vm.ram, physical, to).is_none() {
+            to.fill(0xff);
+        }
     }
 
     /// An instruction that reaches past the code segment's limit faults (Intel SDM 3A 5.3).
@@ -299,15 +304,17 @@ fn find_fields(steps: &[Step], key: Key, bytes: &[u8]) -> Vec<Field> {
 
 fn step(insn: Instruction, class: Class, mode: Mode) -> Step {
     let string = class == Class::Helper && strings::is_inline(&insn, mode);
-    let effect = if string { flags::of_string(&insn) } else { effect(&insn, class) };
-    let helped = helped(class, &insn, mode);
+    let facts = facts::of(&insn);
+    let effect = if string { flags::of_string(&insn) } else { effect(facts, &insn, class) };
+    let native = facts.general && matches!(class, Class::Native | Class::NativeVector);
+    let helped = !native && helped(class, &insn, mode);
     let (live_before, live_after, operand, stack) = (ALL, ALL, None, None);
     Step { insn, class, effect, helped, string, live_before, live_after, operand, stack }
 }
 
 /// The effect of an instruction of class `class` on the flags.
-fn effect(insn: &Instruction, class: Class) -> Effect {
-    match facts::of(insn) {
+fn effect(facts: Facts, insn: &Instruction, class: Class) -> Effect {
+    match facts {
         Facts { class: same, effect: Some(effect), .. } if same == class => effect,
         _ => flags::effect(insn, class),
     }
@@ -386,7 +393,7 @@ impl Ahead<'_> {
                 break;
             }
             let class = refine(&insn, self.mode);
-            let effect = effect(&insn, class);
+            let effect = effect(facts::of(&insn), &insn, class);
             let helper = helped(class, &insn, self.mode);
             needed |= if helper { ALL } else { effect.reads } & !known_dead;
             known_dead |= effect.kills;

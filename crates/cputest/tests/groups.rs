@@ -1,0 +1,134 @@
+//! Accesses that the engine makes with one look at the TLB: the guest must see each of them.
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+use arch::registers::{gpr, rflags};
+use cputest::layout::{gate64, page, read_u64, write_u64};
+use cputest::micro::{Exception, Guest, Mode, at, done, say, sel};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+/// A page whose neighbours are not mapped.
+const PAGE: u64 = 0x70_0000;
+const VECTOR_PF: u8 = 14;
+
+/// A guest that runs `code` twice, with RSP and RBX first in the middle of [`PAGE`] and then at
+/// `second`, and RBP at the second round's number; `code` ends where it falls through.
+fn twice(second: u64, code: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) -> Guest {
+    let mut guest = Guest::new(Mode::LONG);
+    let memory = guest.memory.clone();
+    guest.tables.map(&memory, PAGE, at::DATA, page::P | page::W);
+    for n in 0..512 {
+        write_u64(&guest.memory, at::DATA + 8 * n, 0x1000 + n);
+    }
+    // The handler of page faults has a stack of its own.
+    let stub = at::STUBS + 16 * u64::from(VECTOR_PF);
+    guest.gate64(VECTOR_PF, gate64(sel::CODE64, stub, 14, 0, 1));
+    guest.code(at::CODE, |a| {
+        let (mut again, mut end) = (a.create_label(), a.create_label());
+        a.xor(ebp, ebp)?;
+        a.mov(esp, (PAGE + 0x800) as u32)?;
+        a.set_label(&mut again)?;
+        a.mov(ebx, esp)?;
+        // CF = 1, which `code` may keep.
+        a.cmp(ebp, -1)?;
+        code(a)?;
+        a.test(ebp, ebp)?;
+        a.jne(end)?;
+        a.inc(ebp)?;
+        a.mov(esp, second as u32)?;
+        a.jmp(again)?;
+        a.set_label(&mut end)?;
+        done(a)
+    });
+    guest
+}
+
+/// The page fault that ended a run, with RSP as it was.
+fn fault(guest: &mut Guest) -> (Exception, u64, [u64; 16]) {
+    let end = guest.run();
+    let exception = end.exception();
+    assert_eq!(exception.vector, VECTOR_PF, "{exception:x?}");
+    (exception, exception.stack.unwrap().1, end.state.gpr)
+}
+
+#[test]
+fn pushes_that_reach_the_end_of_the_stack_fault_one_by_one() {
+    let mut guest = twice(PAGE + 16, |a| {
+        a.push(rbx)?;
+        a.push(0x1234)?;
+        a.push(r13)?;
+        a.push(rax)
+    });
+    let (exception, stack, registers) = fault(&mut guest);
+    assert_eq!((exception.error, stack), (Some(2), PAGE), "the third PUSH");
+    assert_eq!(registers[gpr::RBP], 1);
+    assert_eq!(read_u64(&guest.memory, at::DATA + 8), PAGE + 16, "RBX");
+    assert_eq!(read_u64(&guest.memory, at::DATA), 0x1234);
+}
+
+#[test]
+fn pops_that_reach_the_end_of_the_stack_fault_one_by_one() {
+    let mut guest = twice(PAGE + 0xff0, |a| {
+        a.pop(rcx)?;
+        a.pop(r15)?;
+        a.pop(rdx)?;
+        a.pop(rsi)
+    });
+    let (exception, stack, registers) = fault(&mut guest);
+    assert_eq!((exception.error, stack), (Some(0), PAGE + 0x1000), "the third POP");
+    assert_eq!(registers[gpr::RCX], 0x1000 + 510);
+    assert_eq!(registers[15], 0x1000 + 511);
+    // The first round's values.
+    assert_eq!(registers[gpr::RDX], 0x1000 + 256 + 2);
+    assert_eq!(registers[gpr::RSI], 0x1000 + 256 + 3);
+}
+
+#[test]
+fn flags_that_are_needed_later_are_exact_at_a_fault_between() {
+    let mut guest = twice(PAGE + 0xff0, |a| {
+        let mut carry = a.create_label();
+        a.mov(rcx, qword_ptr(rbx + 8))?;
+        a.mov(rdx, qword_ptr(rbx + 16))?;
+        a.jb(carry)?;
+        a.ud2()?;
+        a.set_label(&mut carry)?;
+        a.nop()
+    });
+    let (exception, _, registers) = fault(&mut guest);
+    assert_eq!(registers[gpr::RCX], 0x1000 + 511);
+    assert_ne!(exception.rflags & rflags::CF, 0, "CF, which JB reads");
+}
+
+#[test]
+fn pushes_and_pops_around_rsp_itself_see_it_as_it_is() {
+    let mut guest = Guest::new(Mode::LONG);
+    guest.code(at::CODE, |a| {
+        a.mov(rbx, rsp)?;
+        a.push(rax)?;
+        a.push(rsp)?;
+        a.push(rcx)?;
+        a.mov(rdx, rsp)?;
+        a.pop(rcx)?;
+        a.pop(rsi)?;
+        a.mov(eax, ebx)?;
+        a.sub(eax, esi)?;
+        say(a)?;
+        a.mov(eax, ebx)?;
+        a.sub(eax, edx)?;
+        say(a)?;
+        // POP RSP takes what it loads, and the next POP goes on from there.
+        a.lea(rsi, qword_ptr(rbx - 64))?;
+        a.mov(qword_ptr(rsi), 77)?;
+        a.push(rsi)?;
+        a.pop(rsp)?;
+        a.pop(rax)?;
+        say(a)?;
+        a.mov(rax, rsp)?;
+        a.sub(rax, rsi)?;
+        say(a)?;
+        a.mov(rsp, rbx)?;
+        done(a)
+    });
+    assert_eq!(guest.run().done(), [8, 24, 77, 8]);
+}
