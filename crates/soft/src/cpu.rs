@@ -339,6 +339,24 @@ impl Cpu {
         self.mode = Mode::new(code, self.sys.cpl, self.mmu_index(), classes, bits);
     }
 
+    /// The same where 64-bit mode was and is on and control registers are as they were: after a
+    /// change of the privilege level or of flags.
+    pub fn update_mode_64(&mut self) {
+        if !self.mode.is_64() {
+            return self.update_mode();
+        }
+        let bits = [
+            (self.rflags & rflags::DF != 0, Mode::DOWN),
+            (self.rflags & rflags::TF != 0 || self.breakpoints(), Mode::STEP),
+            (self.sys.shadow, Mode::SHADOW),
+            (self.sys.cr4 & cr4::TSD != 0 && self.sys.cpl != 0, Mode::NO_TSC),
+        ];
+        let changing = bits.iter().fold(0, |all, &(_, bit)| all | bit);
+        let bits = bits.iter().fold(0, |all, &(on, bit)| all | if on { bit } else { 0 });
+        let kept = self.mode.0 & !changing;
+        self.mode = Mode(kept | bits).with_cpl(self.sys.cpl).with_mmu(self.mmu_index());
+    }
+
     /// The TLB for ordinary accesses at the present privilege.
     fn mmu_index(&self) -> MmuIndex {
         let ac = self.rflags & rflags::AC != 0;

@@ -48,7 +48,9 @@ pub(crate) fn syscall(cpu: &mut Cpu) -> Done {
     cpu.gpr[11] = cpu.rflags & !rflags::RF;
     cpu.rflags = (cpu.rflags & !(cpu.sys.sfmask | rflags::RF)) | rflags::FIXED;
     load_flat(cpu, selector, CODE64, ss, 0);
-    jump(cpu, target)
+    cpu.rip = target;
+    cpu.update_mode_64();
+    Ok(Flow::Jump)
 }
 
 /// SYSRET: to 32-bit code, or with REX.W to 64-bit code.
@@ -75,7 +77,12 @@ pub(crate) fn sysret(cpu: &mut Cpu, insn: &Instruction) -> Done {
     }
     let (cs, code) = if wide { (base.wrapping_add(16), CODE64) } else { (base, CODE32) };
     load_flat(cpu, cs | 3, code, base.wrapping_add(8) | 3, 3);
-    jump(cpu, target)
+    if !wide {
+        return jump(cpu, target);
+    }
+    cpu.rip = target;
+    cpu.update_mode_64();
+    Ok(Flow::Jump)
 }
 
 /// SYSENTER.
