@@ -317,3 +317,48 @@ on_each_engine!(global_pages_are_forgotten_by_invlpg_and_by_turning_them_off, |e
         assert_eq!(spaces.guest.run().done(), four(&[100, 102]), "invlpg {invlpg}");
     }
 });
+
+on_each_engine!(code_at_more_pages_than_any_table_holds_still_follows_its_pages, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
+    let memory = guest.memory.clone();
+    let (base, count) = (0x4000_0000u64, u64::from(engine.rounds(70_000)));
+    guest.tables = PageTables::new(Paging::Four, 0x30_0000);
+    for address in (0..at::RAM).step_by(0x1000) {
+        guest.tables.map(&memory, address, address, page::P | page::W);
+    }
+    guest.state.cr3 = guest.tables.root();
+    for n in 0..count {
+        guest.tables.map(&memory, base + 0x1000 * n, frame(0), page::P);
+    }
+    for (n, step) in [1u32, 1000].into_iter().enumerate() {
+        guest.code(frame(n), |a| {
+            a.add(eax, step as i32)?;
+            a.ret()
+        });
+    }
+    let entry = guest.tables.entry(&memory, base, 1);
+    guest.code(at::CODE, |a| {
+        let mut again = a.create_label();
+        a.xor(eax, eax)?;
+        a.mov(ecx, count as u32)?;
+        a.mov(rbx, base)?;
+        a.set_label(&mut again)?;
+        a.call(rbx)?;
+        a.add(rbx, 0x1000)?;
+        a.dec(ecx)?;
+        a.jne(again)?;
+        say(a)?;
+        a.mov(rbx, base)?;
+        a.xor(eax, eax)?;
+        a.call(rbx)?;
+        say(a)?;
+        a.mov(rdx, frame(1) | page::P)?;
+        a.mov(qword_ptr(entry), rdx)?;
+        a.invlpg(byte_ptr(rbx))?;
+        a.xor(eax, eax)?;
+        a.call(rbx)?;
+        say(a)?;
+        done(a)
+    });
+    assert_eq!(guest.run().done(), [count as u32, 1, 1000]);
+});

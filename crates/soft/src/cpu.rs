@@ -161,9 +161,9 @@ pub struct Cpu {
     /// another thread wants this vCPU's attention.
     pub poll: AtomicU64,
     /// Arithmetic flags as LAHF and SETO leave them: AL = OF, AH = SF ZF AF PF CF.
-    pub raw_flags: u64,
+    pub raw_flags: u16,
     /// Flags in the same form, as they were when a thunk or a signal interrupted translated code.
-    pub host_flags: u64,
+    pub host_flags: u16,
     /// Host addresses of the present block's groups of accesses.
     pub groups: [u64; crate::translate::groups::MAX_GROUPS],
     /// Spill slots of translated code.
@@ -349,6 +349,24 @@ impl Cpu {
         let bits = bits.iter().fold(0, |all, &(on, bit)| all | if on { bit } else { 0 });
         let classes = if bits64 { SEGMENTS64 } else { self.segment_classes(real) };
         self.mode = Mode::new(code, self.sys.cpl, self.mmu_index(), classes, bits);
+    }
+
+    /// The same where 64-bit mode was and is on and control registers are as they were: after a
+    /// change of the privilege level or of flags.
+    pub fn update_mode_64(&mut self) {
+        if !self.mode.is_64() {
+            return self.update_mode();
+        }
+        let bits = [
+            (self.rflags & rflags::DF != 0, Mode::DOWN),
+            (self.rflags & rflags::TF != 0 || self.breakpoints(), Mode::STEP),
+            (self.sys.shadow, Mode::SHADOW),
+            (self.sys.cr4 & cr4::TSD != 0 && self.sys.cpl != 0, Mode::NO_TSC),
+        ];
+        let changing = bits.iter().fold(0, |all, &(_, bit)| all | bit);
+        let bits = bits.iter().fold(0, |all, &(on, bit)| all | if on { bit } else { 0 });
+        let kept = self.mode.0 & !changing;
+        self.mode = Mode(kept | bits).with_cpl(self.sys.cpl).with_mmu(self.mmu_index());
     }
 
     /// The TLB for ordinary accesses at the present privilege.

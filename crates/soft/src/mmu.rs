@@ -281,13 +281,13 @@ impl Cpu {
         }
         let Translation { physical, bits, global } =
             self.translate(address, Want::Execute, As::Current)?;
-        self.note_walk(address, bits, global);
+        self.spaces.note_walk(address, bits, global);
         let tag = self.spaces.note_fetch(address, global);
         self.exec_tlb.fill(ExecEntry::new(address, user, tag, physical));
         Ok(physical)
     }
 
-    /// Notes the walk to a page of 2 to the power of `bits` bytes; gives its tag.
+    /// Notes the walk to a page of data of 2 to the power of `bits` bytes; gives its tag.
     fn note_walk(&mut self, address: u64, bits: u32, global: bool) -> u64 {
         if bits > 12 && self.spaces.crowded() {
             self.flush_tlb();

@@ -129,6 +129,10 @@ impl Mode {
     pub const fn cpl(self) -> u8 {
         (self.0 >> 3 & 3) as u8
     }
+    /// The mode at another privilege level.
+    pub const fn with_cpl(self, cpl: u8) -> Self {
+        Self(self.0 & !(3 << 3) | (cpl as u32 & 3) << 3)
+    }
     /// The mode with another TLB for ordinary accesses.
     pub const fn with_mmu(self, mmu: MmuIndex) -> Self {
         Self(self.0 & !(3 << Self::MMU_SHIFT) | (mmu as u32) << Self::MMU_SHIFT)

@@ -341,6 +341,10 @@ fn instruction(cpu: &mut Cpu) -> Result<(), EngineError> {
 
 /// The block at `rip`; faults of the fetch are delivered.
 fn find(cpu: &mut Cpu) -> Option<BlockId> {
+    // Here no translation is in use.
+    if cpu.spaces.crowded() {
+        cpu.flush_tlb();
+    }
     match cpu.block_at(cpu.rip) {
         Ok(block) => Some(block),
         Err(exception) => {
@@ -567,13 +571,14 @@ impl Cpu {
 
     /// `rflags` gets the arithmetic flags of `raw_flags`.
     pub fn unpack_flags(&mut self) {
-        let high = self.raw_flags >> 8 & 0xd5;
-        let overflow = (self.raw_flags & 1) << 11;
+        let raw = u64::from(self.raw_flags);
+        let high = raw >> 8 & 0xd5;
+        let overflow = (raw & 1) << 11;
         self.rflags = (self.rflags & !rflags::ARITHMETIC) | high | overflow;
     }
 
     /// `raw_flags` gets the arithmetic flags of `rflags`.
     pub fn pack_flags(&mut self) {
-        self.raw_flags = (self.rflags & 0xd5) << 8 | (self.rflags >> 11 & 1);
+        self.raw_flags = ((self.rflags & 0xd5) << 8 | (self.rflags >> 11 & 1)) as u16;
     }
 }

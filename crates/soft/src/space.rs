@@ -15,8 +15,9 @@ use std::hash::BuildHasherDefault;
 
 /// Spaces remembered beside the present one: Linux uses six identifiers at a time.
 const KEPT: usize = 7;
-/// So many large pages are told apart in a space.
+/// So many large pages, and pages of code, are told apart in a space.
 const LARGE_PAGES: usize = 4096;
+const CODE_PAGES: usize = 1 << 16;
 
 type Set = HashSet<u64, BuildHasherDefault<crate::cache::Mix>>;
 
@@ -112,9 +113,11 @@ impl Spaces {
         space.tag
     }
 
-    /// Whether more large pages were walked to than are told apart.
+    /// Whether there are more pages than are told apart: everything is to be forgotten.
     pub fn crowded(&self) -> bool {
-        self.present.large.len().max(self.global.large.len()) > LARGE_PAGES
+        [&self.present, &self.global]
+            .iter()
+            .any(|s| s.large.len() > LARGE_PAGES || s.fetched.len() > CODE_PAGES)
     }
 
     /// The jump cache of CPL 3 learnt a block that is not global.

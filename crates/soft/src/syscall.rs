@@ -28,11 +28,10 @@ fn jump(cpu: &mut Cpu, rip: u64) -> Done {
 
 /// SYSCALL. Outside 64-bit mode only AMD CPUs have it.
 pub(crate) fn syscall(cpu: &mut Cpu) -> Done {
-    let legacy_allowed = crate::cpuid::amd(cpu);
     if cpu.sys.efer & efer::SCE == 0 || !cpu.protected() {
         return Err(Exception::INVALID_OPCODE);
     }
-    if !cpu.mode.is_64() && !legacy_allowed {
+    if !cpu.mode.is_64() && !crate::cpuid::amd(cpu) {
         return Err(Exception::INVALID_OPCODE);
     }
     let selector = (cpu.sys.star >> 32) as u16 & 0xfffc;
@@ -49,13 +48,17 @@ pub(crate) fn syscall(cpu: &mut Cpu) -> Done {
     cpu.gpr[11] = cpu.rflags & !rflags::RF;
     cpu.rflags = (cpu.rflags & !(cpu.sys.sfmask | rflags::RF)) | rflags::FIXED;
     load_flat(cpu, selector, CODE64, ss, 0);
-    jump(cpu, target)
+    cpu.rip = target;
+    cpu.update_mode_64();
+    Ok(Flow::Jump)
 }
 
 /// SYSRET: to 32-bit code, or with REX.W to 64-bit code.
 pub(crate) fn sysret(cpu: &mut Cpu, insn: &Instruction) -> Done {
-    let amd = crate::cpuid::amd(cpu);
-    if cpu.sys.efer & efer::SCE == 0 || !cpu.protected() || (!cpu.mode.is_64() && !amd) {
+    if cpu.sys.efer & efer::SCE == 0 || !cpu.protected() {
+        return Err(Exception::INVALID_OPCODE);
+    }
+    if !cpu.mode.is_64() && !crate::cpuid::amd(cpu) {
         return Err(Exception::INVALID_OPCODE);
     }
     cpu.need_cpl0()?;
@@ -63,7 +66,7 @@ pub(crate) fn sysret(cpu: &mut Cpu, insn: &Instruction) -> Done {
     let base = (cpu.sys.star >> 48) as u16;
     let target = if wide { cpu.gpr[RCX] } else { cpu.gpr[RCX] & 0xffff_ffff };
     // Intel checks at privilege level 0; AMD's #GP arrives at the target, at level 3.
-    if wide && !amd && !cpu.canonical(target) {
+    if wide && !cpu.canonical(target) && !crate::cpuid::amd(cpu) {
         return Err(Exception::GP0);
     }
     if cpu.long_mode() {
@@ -74,7 +77,12 @@ pub(crate) fn sysret(cpu: &mut Cpu, insn: &Instruction) -> Done {
     }
     let (cs, code) = if wide { (base.wrapping_add(16), CODE64) } else { (base, CODE32) };
     load_flat(cpu, cs | 3, code, base.wrapping_add(8) | 3, 3);
-    jump(cpu, target)
+    if !wide {
+        return jump(cpu, target);
+    }
+    cpu.rip = target;
+    cpu.update_mode_64();
+    Ok(Flow::Jump)
 }
 
 /// SYSENTER.

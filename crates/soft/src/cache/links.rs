@@ -37,6 +37,12 @@ impl CodeCache {
         if crosses || matches!(kind, EdgeKind::Far(_)) {
             let links = if global { &mut self.far_global } else { &mut self.far_local };
             links.push(FarLink { edge, target });
+            if links.len() > 2 * self.edges.len() + 1024 {
+                let edges = &self.edges;
+                links.retain(|l| edges.get(l.edge as usize).is_some_and(|e| e.to == l.target));
+                links.sort_unstable_by_key(|l| l.edge);
+                links.dedup_by_key(|l| l.edge);
+            }
         }
     }
 
