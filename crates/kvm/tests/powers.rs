@@ -484,12 +484,6 @@ fn stop(guest: &mut Guest) -> (DebugStop, u64) {
 
 const STEP: DebugStop = DebugStop { step: true, breakpoints: [false; 4] };
 
-fn hit(n: usize) -> DebugStop {
-    let mut stop = DebugStop::default();
-    stop.breakpoints[n] = true;
-    stop
-}
-
 /// Whether this host's KVM can debug; if not, that is checked to be said.
 fn can_debug(engine: &KvmEngine) -> bool {
     const NEEDED: u32 = 0x12_0003;
@@ -530,84 +524,4 @@ fn a_debugger_steps_one_instruction_at_a_time_through_the_companion_too() {
     plan(&mut guest, false, &[]);
     assert_eq!(guest.run(), Halt::Kicked);
     assert_eq!(guest.said().len(), 1);
-}
-
-#[test]
-fn a_breakpoint_stops_before_its_instruction_each_time_it_comes() {
-    let Some(engine) = engine() else { return };
-    if !can_debug(&engine) {
-        return;
-    }
-    let mut guest = Guest::new(&engine, Mode::Long, &|a| {
-        let mut again = a.create_label();
-        a.mov(ecx, 3)?; // 5 bytes
-        a.set_label(&mut again)?;
-        a.inc(rax)?; // 3
-        a.dec(ecx)?; // 2
-        a.jne(again)?;
-        done(a)
-    });
-    let place = (at::CODE + 8, BreakpointKind::Execute);
-    plan(&mut guest, false, &[(0x1234, BreakpointKind::Execute), place]);
-    for rounds in 1..=3 {
-        assert_eq!(stop(&mut guest), (hit(1), at::CODE + 8));
-        assert_eq!(guest.state().gpr[gpr::RAX], rounds);
-    }
-    assert_eq!(guest.run(), Halt::Kicked);
-    assert_eq!(guest.state().debug, arch::VcpuState::reset().debug);
-}
-
-#[test]
-fn a_step_that_ends_at_a_breakpoint_tells_both_and_goes_on_from_there() {
-    let Some(engine) = engine() else { return };
-    if !can_debug(&engine) {
-        return;
-    }
-    let mut guest = Guest::new(&engine, Mode::Long, &|a| {
-        a.nop()?;
-        a.nop()?;
-        a.nop()?;
-        done(a)
-    });
-    plan(&mut guest, true, &[(at::CODE + 1, BreakpointKind::Execute)]);
-    let both = DebugStop { step: true, ..hit(0) };
-    assert_eq!(stop(&mut guest), (both, at::CODE + 1));
-    assert_eq!(stop(&mut guest), (STEP, at::CODE + 2));
-    plan(&mut guest, false, &[(at::CODE + 2, BreakpointKind::Execute)]);
-    assert_eq!(stop(&mut guest), (hit(0), at::CODE + 2));
-    assert_eq!(guest.run(), Halt::Kicked);
-}
-
-#[test]
-fn interrupts_wait_while_a_debugger_steps() {
-    let Some(engine) = engine() else { return };
-    if !can_debug(&engine) {
-        return;
-    }
-    let mut guest = interrupted(&engine);
-    let sti = at::CODE + 0x10;
-    guest.put(sti, &|a| {
-        a.sti()?;
-        a.nop()?;
-        a.db(&[0xeb, 0xfd]) // back to the NOP
-    });
-    plan(&mut guest, false, &[(sti, BreakpointKind::Execute)]);
-    let mut state = guest.state();
-    guest.put(at::CODE, &|a| {
-        a.mov(ebx, (at::LAPIC + 0xf0) as u32)?;
-        a.mov(dword_ptr(rbx), 0x1ff)?;
-        a.nop()?;
-        a.db(&[0xeb, (sti - at::CODE - 14) as u8])
-    });
-    state.rip = at::CODE;
-    guest.vcpus[0].set_state(&state).unwrap();
-    assert_eq!(stop(&mut guest), (hit(0), sti));
-    guest.vm.signal_msi(message(0x42).unwrap());
-    plan(&mut guest, true, &[]);
-    for rip in [1, 2, 1, 2] {
-        assert_eq!(stop(&mut guest), (STEP, sti + rip));
-    }
-    plan(&mut guest, false, &[]);
-    assert_eq!(guest.run(), Halt::Kicked);
-    assert_eq!(guest.said(), [0x42]);
 }

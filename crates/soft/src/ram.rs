@@ -49,7 +49,6 @@ impl Ram {
             .map(|region| {
                 let start = region.start_addr().0;
                 let pages = region.len().div_ceil(4096) as usize;
-                prefer_huge_pages(region.as_ptr(), region.len() as usize);
                 Range {
                     start,
                     end: start + region.len(),
@@ -107,15 +106,6 @@ impl Ram {
                 p.code.fetch_and(!(1 << index), Ordering::SeqCst);
             }
         }
-    }
-}
-
-/// Asks the host for huge pages behind guest memory: fewer faults at first touch, and fewer TLB
-/// misses, which a nested host pays for twice. A host that has none loses nothing.
-fn prefer_huge_pages(host: *mut u8, len: usize) {
-    // SAFETY: advice about a mapping that the caller owns; it changes no contents.
-    unsafe {
-        libc::madvise(host.cast(), len, libc::MADV_HUGEPAGE);
     }
 }
 
