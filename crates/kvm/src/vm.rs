@@ -104,10 +104,12 @@ impl KvmVm {
         }
         cpuid.check(&config.cpu)?;
         let fd = ready.map_or_else(|| make(kvm), Ok)?;
+        // Before all else: KVM waits for all who read the VM's lists to be done with the old ones,
+        // which takes milliseconds unless it is the first such wait.
+        msr_filter::set(&fd, &config.cpu)?;
         let mapped = MappedVm::new(kvm, fd, &config)?;
         prepare_chips(kvm, &mapped, &config)?;
         exits::keep_in_guest(&mapped.fd, options.keep_in_guest)?;
-        msr_filter::set(&mapped.fd, &config.cpu)?;
         let means = Means::choose(kvm, &mapped, options.dirty_log)?;
         let attention = (0..config.vcpus).map(|_| Arc::default()).collect();
         Ok(Self {
