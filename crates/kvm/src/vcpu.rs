@@ -180,7 +180,10 @@ impl KvmVcpu {
             libc::EFAULT => Err(refused(
                 "KVM cannot map the guest's memory (KVM_RUN); the host may be out of memory",
             )(errno)),
-            _ => Err(refused("KVM cannot run the guest (KVM_RUN); see the kernel's log")(errno)),
+            _ => Err(refused(
+                "KVM cannot run the guest (KVM_RUN); see the kernel's log (`dmesg`), or use \
+                 --engine soft",
+            )(errno)),
         }
     }
 

@@ -85,6 +85,10 @@ impl Core {
     }
 }
 
+/// What the host does not give, and the fix.
+const NO_THREADS: &str = "a thread for each vCPU; raise its limit (`ulimit -u`) or give the guest \
+                          fewer --cpus";
+
 fn create_vcpu(vm: &dyn Vm, index: u32, state: &VcpuState) -> Result<Box<dyn Vcpu>, VmmError> {
     let mut vcpu = vm.create_vcpu(index)?;
     vcpu.set_state(state)?;
@@ -139,7 +143,7 @@ impl Board {
                 VcpuThread::spawn(vcpu, VcpuContext { index, io: io.clone(), events, memory })
             })
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|source| VmmError::Host { what: "a thread for each vCPU", source })?;
+            .map_err(|source| VmmError::Host { what: NO_THREADS, source })?;
         events.set_vcpus(vcpus.iter().map(|vcpu| vcpu.control().clone()).collect());
         Ok(Self { events, clock, alarms, vcpus, devices: Some(devices) })
     }
