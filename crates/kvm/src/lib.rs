@@ -1,6 +1,6 @@
 //! The KVM engine: guest CPUs run on the hardware's virtualisation, by way of Linux's `/dev/kvm`.
 //!
-//! `host` says what this host offers. `vm` makes a VM: memory slots first, then the split
+//! `host` says what this host offers. `vm` makes a VM: the MSR filter, memory slots, then the split
 //! interrupt chip, with the LAPICs in the kernel and PIC and IOAPIC in the machine. `vcpu` is
 //! the run loop and `exits` what guests ask of the machine; `attention` makes a running vCPU
 //! look up; `state` translates between KVM's structures and the engine-neutral state. Where
