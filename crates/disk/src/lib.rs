@@ -4,11 +4,17 @@
 //! a file, and an overlay over another `Disk`. Its calls block; they can be made from any number
 //! of threads at once. Image files are hostile input: no length, offset or count in them steers
 //! an allocation or a loop before it was checked against the file's size and the format's limits.
+//!
+//! Start reading at [`Disk`], then [`file`], on which every format stands.
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod file;
+mod lock;
 
-pub use error::DiskError;
+pub use error::{DiskError, check_range};
+pub use file::{Access, FileOptions, ImageFile};
+pub use lock::Lock;
 
 /// Bytes of a sector, the unit of offsets and lengths that a guest uses.
 pub const SECTOR: u64 = 512;
