@@ -161,6 +161,13 @@ impl ImageFile {
         self.access == Access::Read
     }
 
+    /// Whether it is a file, whose end moves when it is written beyond and which has zeroes there,
+    /// and not a block device.
+    #[must_use]
+    pub fn is_regular(&self) -> bool {
+        !self.block_device
+    }
+
     /// Bytes in the file, or on the device.
     ///
     /// # Errors

@@ -8,9 +8,12 @@
 //! Start reading at [`Disk`], then [`file`], on which every format stands.
 #![forbid(unsafe_code)]
 
+mod bytes;
 mod error;
 pub mod file;
 mod lock;
+pub mod qcow2;
+pub mod raw;
 
 pub use error::{DiskError, check_range};
 pub use file::{Access, FileOptions, ImageFile};
@@ -61,6 +64,12 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// As [`Disk::write_at`].
     fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), DiskError>;
+
+    /// Bytes of the unit in which the format allocates: an aligned piece of this size can be
+    /// discarded, or made zero, so that it takes up no space. A power of two.
+    fn unit(&self) -> u64 {
+        4096
+    }
 
     /// What the disk holds from `offset` on: the kind of the first bytes there and for how many
     /// (at least one, at most `length`) it stays the same. What cannot be known counts as data.
