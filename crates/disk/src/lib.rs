@@ -5,18 +5,24 @@
 //! of threads at once. Image files are hostile input: no length, offset or count in them steers
 //! an allocation or a loop before it was checked against the file's size and the format's limits.
 //!
-//! Start reading at [`Disk`], then [`file`], on which every format stands.
+//! Start reading at [`Disk`], then [`mod@file`], on which every format stands. [`mod@format`] opens an
+//! image of any format, [`overlay`] puts a qcow2 image over one, [`mod@convert`] copies between
+//! formats, [`requests`] is what a block device uses.
 #![forbid(unsafe_code)]
 
-mod bytes;
+pub mod convert;
 mod error;
 pub mod file;
+pub mod format;
 mod lock;
+pub mod overlay;
 pub mod qcow2;
 pub mod raw;
+pub mod requests;
 
 pub use error::{DiskError, check_range};
 pub use file::{Access, FileOptions, ImageFile};
+pub use format::Format;
 pub use lock::Lock;
 
 /// Bytes of a sector, the unit of offsets and lengths that a guest uses.

@@ -1,5 +1,7 @@
 //! qcow2 images that Bivisor makes and writes are what QEMU takes them for.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod support;
 
 use disk::qcow2::{CreateOptions, Qcow2, Repair, Version};

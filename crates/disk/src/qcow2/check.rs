@@ -4,11 +4,11 @@
 //! refcounts. Each table is read once however often it is referred to, holes are skipped, and
 //! memory is taken only for clusters that something refers to: the work is bounded by what the
 //! file really holds, whatever its numbers claim.
+use super::bytes::{be16, be32, be64};
 use super::entry::{COPIED, Mapping, table_offset};
 use super::header::{BITMAPS_VALID, Bitmaps, CORRUPT, DIRTY, Header};
 use super::info::snapshots;
 use super::{Qcow2, meta::Meta};
-use crate::bytes::{be16, be32, be64};
 use crate::{Access, DiskError, ExtentKind, FileOptions, ImageFile};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;

@@ -1,10 +1,10 @@
 //! Making a new image.
 use super::Qcow2;
+use super::bytes::put;
 use super::header::{
     BackingName, CLUSTER_BITS, EXTENSION_BACKING_FORMAT, LAZY_REFCOUNTS, MAGIC, MAX_BACKING_NAME,
     MAX_L1_BYTES, V2_LENGTH, V3_LENGTH, Version, l1_entries_for,
 };
-use crate::bytes::put;
 use crate::{DiskError, FileOptions, ImageFile};
 use std::path::Path;
 

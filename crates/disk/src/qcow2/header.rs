@@ -1,6 +1,6 @@
 //! The header of a qcow2 image and its extensions (QEMU, `docs/interop/qcow2.txt`, "Header" and
 //! "Header extensions").
-use crate::bytes::{be32, be64};
+use super::bytes::{be32, be64};
 use crate::{DiskError, ImageFile};
 
 /// "QFI" and 0xfb.

@@ -1,9 +1,9 @@
 //! What an image says of itself, and its internal snapshots (QEMU, `docs/interop/qcow2.txt`,
 //! "Snapshots").
+use super::bytes::{be16, be32, be64};
 use super::header::{BackingName, CORRUPT, Compression, DIRTY, Header, LAZY_REFCOUNTS, Version};
 use super::meta::Meta;
 use super::{Qcow2, header};
-use crate::bytes::{be16, be32, be64};
 use crate::{DiskError, FileOptions, ImageFile};
 use std::path::Path;
 

@@ -10,6 +10,7 @@
 //! invalid when an image is opened to write, as the specification asks of those who do not
 //! maintain them.
 
+mod bytes;
 mod check;
 mod commit;
 mod compressed;

@@ -4,9 +4,9 @@
 //! All changes stay in memory until [`super::commit`] writes them. New refcount blocks, and a
 //! larger table, always go to the file's end: what lies there is free whatever damaged refcounts
 //! say.
+use super::bytes::be64;
 use super::header::{Header, MAX_REFCOUNT_TABLE_BYTES};
 use super::table_cache::{CacheLimit, TableCache};
-use crate::bytes::be64;
 use crate::{DiskError, ImageFile};
 use std::collections::{BTreeSet, HashSet};
 

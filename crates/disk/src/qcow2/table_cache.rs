@@ -1,6 +1,6 @@
 //! A bounded cache of pages of L2 tables or refcount blocks, which holds what was changed until it
 //! is written in an order that survives a crash (see [`super::commit`]).
-use crate::bytes::{be64, put};
+use super::bytes::{be64, put};
 use crate::{DiskError, ImageFile};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};
