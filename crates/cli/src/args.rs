@@ -1,4 +1,5 @@
 //! The command line of `bv`.
+use crate::disk::DiskCommand;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use vmm::{Bytes, CpuChoice, EngineChoice};
@@ -20,6 +21,12 @@ pub enum Command {
     /// Without a guest or kernel, this fetches Debian's kernel and busybox and gives a shell on
     /// the serial console.
     Run(Box<Run>),
+    /// Make, inspect, convert and change disk images.
+    Disk {
+        /// What to do.
+        #[command(subcommand)]
+        command: DiskCommand,
+    },
     /// Say what this machine offers to virtual machines, and what bv will use.
     Doctor,
 }

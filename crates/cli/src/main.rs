@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod disk;
 mod doctor;
 mod messages;
 mod progress;
@@ -16,6 +17,7 @@ fn main() -> ExitCode {
     terminal::restore_on_panic();
     match Cli::parse().command {
         Command::Run(arguments) => run::run(*arguments),
+        Command::Disk { command } => disk::run(&command),
         Command::Doctor => doctor::run(),
     }
 }

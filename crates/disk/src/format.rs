@@ -154,6 +154,21 @@ pub fn open(
     Chain::default().open(path, format, options)
 }
 
+/// Opens the file below the image at `path`, of which the image's header says `name`.
+///
+/// # Errors
+/// [`DiskError::Backing`] where it cannot be opened, [`DiskError::Invalid`] where the header does not
+/// say enough or backing files are refused.
+pub fn open_backing(
+    path: &Path,
+    name: &BackingName,
+    options: OpenOptions,
+) -> Result<Arc<dyn Disk>, DiskError> {
+    let mut chain = Chain::default();
+    chain.enter(path)?;
+    chain.open_below(path, name, options)
+}
+
 /// Makes a new image of `size` bytes, rounded up to sectors, which reads as zeroes, and opens it to
 /// write.
 ///

@@ -41,7 +41,7 @@ impl Qcow2 {
         }
         if shrink == Shrink::Refuse {
             return Err(invalid(format!(
-                "it has {former} bytes and {size} are fewer; say so if it is to shrink"
+                "it has {former} bytes and {size} are fewer; allow that with `--shrink`"
             )));
         }
         let mut at = size;
