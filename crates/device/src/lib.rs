@@ -14,7 +14,9 @@
 #![forbid(unsafe_code)]
 
 pub mod bus;
+mod doorbell;
 pub mod interrupt;
+mod memory;
 pub mod power;
 pub mod state;
 pub mod testing;
@@ -22,7 +24,9 @@ pub mod time;
 pub mod wiring;
 
 pub use bus::{Bus, MapError, Width};
+pub use doorbell::{DoorbellGuard, Doorbells, NoDoorbells, Notify};
 pub use interrupt::{Gsi, InterruptSink, IrqLine, Lines, MsiSink};
+pub use memory::{GuestMemory, GuestRam, NotMemory, WriteObserver};
 pub use power::{PowerEvent, PowerSink};
 pub use state::{RestoreError, SavedState};
 pub use time::{Alarm, AlarmQueue, Clock};
