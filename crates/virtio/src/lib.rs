@@ -21,6 +21,7 @@
 pub mod chain;
 pub mod pci;
 pub mod queue;
+pub mod rng;
 pub mod testing;
 pub mod worker;
 
