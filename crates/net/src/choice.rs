@@ -5,7 +5,7 @@ use std::str::FromStr;
 /// What a machine's card is plugged into, as a user chooses it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NetworkChoice {
-    /// The process's own NAT.
+    /// The process's own NAT, [`crate::nat`].
     Nat,
     /// No card at all.
     None,

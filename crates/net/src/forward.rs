@@ -20,7 +20,8 @@ pub enum Protocol {
 /// is asked for, as with `0.0.0.0:8080:80`. Without a protocol it is TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostForward {
-    /// Where the host listens. Port 0 has the host choose a free one.
+    /// Where the host listens. Port 0 has the host choose a free one
+    /// ([`crate::nat::Nat::forwards`] says which).
     pub bind: SocketAddr,
     /// Where it leads to.
     pub guest_port: NonZeroU16,
