@@ -147,6 +147,7 @@ impl Vm for FakeVm {
     ) -> Result<DoorbellHandle, EngineError> {
         Ok(DoorbellHandle::new(self.doorbells.add(&self.memory, doorbell, notify)?))
     }
+    fn memory_written(&self, _start: arch::GuestPhysical, _length: usize) {}
     fn msi_line(&self) -> Result<Arc<dyn MsiLine>, EngineError> {
         Ok(Arc::new(FakeLine { message: Mutex::default(), messages: self.messages.clone() }))
     }
