@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod chain;
+pub mod fs;
 pub mod queue;
 pub mod testing;
 pub mod worker;
