@@ -23,6 +23,7 @@ mod discard;
 pub mod fs;
 pub mod queue;
 pub mod testing;
+pub mod vsock;
 pub mod worker;
 
 pub use chain::Chain;

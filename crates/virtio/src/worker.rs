@@ -16,7 +16,7 @@ pub struct Worker {
 }
 
 /// An eventfd, so that a kernel can ring without a thread of this process.
-struct Signal {
+pub(crate) struct Signal {
     event: OwnedFd,
     /// The event is signalled and the worker has not seen it: spares system calls.
     pending: AtomicBool,
@@ -24,13 +24,32 @@ struct Signal {
 }
 
 impl Signal {
+    /// One that is not signalled.
+    pub(crate) fn new() -> Result<Self, ActivateError> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|errno| ActivateError::Host { what: "an event", source: errno.into() })?;
+        Ok(Self { event, pending: AtomicBool::new(false), ending: AtomicBool::new(false) })
+    }
+
+    /// For a thread that waits for other things as well: once this can be read, [`Self::wait`]
+    /// does not sleep.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// Has all threads end that wait for it.
+    pub(crate) fn end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+        self.raise();
+    }
+
     fn raise(&self) {
         // The one way to fail is a counter at its limit, which is signalled already.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 
     /// Sleeps until notified; answers whether to go on.
-    fn wait(&self) -> bool {
+    pub(crate) fn wait(&self) -> bool {
         // Interrupted by a signal, it looks once too often.
         let _ = rustix::io::read(&self.event, &mut [0u8; 8]);
         self.pending.store(false, Ordering::SeqCst);
@@ -92,10 +111,7 @@ impl Worker {
     }
 
     fn idle() -> Result<Self, ActivateError> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC)
-            .map_err(|errno| ActivateError::Host { what: "an event", source: errno.into() })?;
-        let (pending, ending) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Self { signal: Arc::new(Signal { event, pending, ending }), threads: Vec::new() })
+        Ok(Self { signal: Arc::new(Signal::new()?), threads: Vec::new() })
     }
 
     fn add(
@@ -125,8 +141,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.signal.ending.store(true, Ordering::SeqCst);
-        self.signal.raise();
+        self.signal.end();
         for thread in self.threads.drain(..) {
             // A panic has failed the device.
             drop(thread.join());
@@ -135,7 +150,7 @@ impl Drop for Worker {
 }
 
 /// Without its worker a device would hang its driver without a word.
-struct FailOnPanic(Arc<dyn Transport>);
+pub(crate) struct FailOnPanic(pub(crate) Arc<dyn Transport>);
 
 impl Drop for FailOnPanic {
     fn drop(&mut self) {
