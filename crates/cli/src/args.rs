@@ -80,6 +80,18 @@ pub struct Run {
     /// Give the guest the debug-exit port 0xf4.
     #[arg(long)]
     pub debug_exit: bool,
+    /// A source of entropy for the guest.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub rng: Switch,
+}
+
+/// Whether the guest gets something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// It does.
+    On,
+    /// It does not.
+    Off,
 }
 
 /// The guests that `bv` carries in itself.

@@ -1,5 +1,5 @@
 //! `bv run`.
-use crate::args::{Guest, Run, SerialArg};
+use crate::args::{Guest, Run, SerialArg, Switch};
 use crate::messages::{self, say};
 use crate::progress::Bar;
 use crate::terminal::{self, RawMode};
@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 use vmm::{
-    BootError, BootSource, Engine, EngineError, Host, Image, Machine, MachineConfig, Module,
-    Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals, VmmError,
+    BootError, BootSource, DeviceConfig, Engine, EngineError, Host, Image, Machine, MachineConfig,
+    Module, Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals, VmmError,
 };
 
 /// The command line of Debian's kernel: its console is ours, and only errors are worth a line.
@@ -89,6 +89,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
         serial: serial(&arguments.serial, keyboard),
         no_reboot: arguments.no_reboot,
         debug_exit: arguments.debug_exit,
+        devices: DeviceConfig { rng: arguments.rng == Switch::On },
     };
     let machine = Machine::new(config, engine.as_ref())?;
     if keyboard {

@@ -1,7 +1,7 @@
 //! Fakes for the tests of devices: time that moves when told, and sinks that remember.
 use crate::{
-    AlarmQueue, Bus, Clock, Connections, Gsi, GuestMemory, GuestRam, InterruptSink, MachineBuilder,
-    MsiSink, NoDoorbells, PowerEvent, PowerSink, SharedDevice, Wiring, lock,
+    AlarmQueue, Bus, Clock, Connections, Doorbells, Gsi, GuestMemory, GuestRam, InterruptSink,
+    MachineBuilder, MsiSink, NoDoorbells, PowerEvent, PowerSink, SharedDevice, Wiring, lock,
 };
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -114,6 +114,11 @@ impl Default for TestMachine {
 impl TestMachine {
     /// A machine with guest memory.
     pub fn with_memory(memory: GuestMemory) -> Self {
+        Self::with_doorbells(memory, Arc::new(NoDoorbells))
+    }
+
+    /// A machine with guest memory and doorbells.
+    pub fn with_doorbells(memory: GuestMemory, doorbells: Arc<dyn Doorbells>) -> Self {
         let clock = Arc::new(MockClock::default());
         let interrupts = Arc::new(RecordingInterrupts::default());
         let msi = Arc::new(RecordingMsi::default());
@@ -127,7 +132,7 @@ impl TestMachine {
             msi: msi.clone(),
             power: power.clone(),
             ram: ram.clone(),
-            doorbells: Arc::new(NoDoorbells),
+            doorbells,
         });
         Self { clock, interrupts, msi, power, alarms, ram, wiring }
     }

@@ -21,7 +21,9 @@ pub mod balloon;
 pub mod chain;
 mod discard;
 pub mod fs;
+pub mod pci;
 pub mod queue;
+pub mod rng;
 pub mod testing;
 pub mod vsock;
 pub mod worker;
@@ -71,6 +73,19 @@ impl DeviceKind {
     /// The device type of §5.
     pub const fn id(self) -> u16 {
         self as u16
+    }
+
+    /// The kind's name in saved states and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Net => "virtio-net",
+            Self::Block => "virtio-blk",
+            Self::Console => "virtio-console",
+            Self::Entropy => "virtio-rng",
+            Self::Balloon => "virtio-balloon",
+            Self::Vsock => "virtio-vsock",
+            Self::FileSystem => "virtio-fs",
+        }
     }
 
     /// The PCI class: class, subclass and interface in 24 bits (PCI Code and ID Assignment 1.11).

@@ -1,6 +1,6 @@
 //! What a machine is from power-on to reset: RAM, vCPUs, buses and devices.
 use crate::clock::MachineClock;
-use crate::config::MachineConfig;
+use crate::config::{DeviceConfig, MachineConfig};
 use crate::console::Output;
 use crate::cpu::CpuChoice;
 use crate::error::VmmError;
@@ -29,6 +29,7 @@ use engine::{
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use virtio::rng::RngConfig;
 
 /// Checks the parts of a configuration that need no files; answers the guest's CPU.
 ///
@@ -246,7 +247,16 @@ fn wire_devices(
     if config.debug_exit {
         DebugExitConfig.wire(wiring)?;
     }
+    wire_pci_devices(wiring, &config.devices)?;
     Ok((com1, acpi))
+}
+
+/// The list of what is plugged into the PCI bus.
+fn wire_pci_devices(wiring: &mut Wiring, config: &DeviceConfig) -> Result<(), MapError> {
+    if config.rng {
+        RngConfig.wire(wiring)?;
+    }
+    Ok(())
 }
 
 /// The clock chip, which also tells firmware and old systems how much RAM there is.

@@ -20,6 +20,16 @@ pub struct MachineConfig {
     pub no_reboot: bool,
     /// Give the guest the debug-exit port.
     pub debug_exit: bool,
+    /// What is plugged into the PCI bus.
+    pub devices: DeviceConfig,
+}
+
+/// The devices on the PCI bus. They come in the order of the fields, each kind in its own order;
+/// a guest sees them in that order too.
+#[derive(Debug, Default)]
+pub struct DeviceConfig {
+    /// A source of entropy.
+    pub rng: bool,
 }
 
 /// A kernel and what it is given. The files stay open, so that a reset loads the same ones.

@@ -26,7 +26,7 @@ mod vcpu;
 pub use arch::Baseline;
 pub use board::check;
 pub use boot::{BootError, Image, Module};
-pub use config::{BootSource, MachineConfig, Serial, Stdio};
+pub use config::{BootSource, DeviceConfig, MachineConfig, Serial, Stdio};
 pub use control::{Command, MachineHandle, MachinePhase};
 pub use cpu::{CpuChoice, NotACpu, offered};
 pub use engine::{Engine, EngineError};

@@ -5,7 +5,7 @@ mod config;
 mod msix;
 
 pub use config::{ConfigSpace, capability, command, header};
-pub use msix::Msix;
+pub use msix::{Msix, control as msix_control};
 
 use crate::{Shared, Window};
 use std::collections::BTreeMap;

@@ -15,6 +15,8 @@ pub mod control {
     pub const ENABLE: u16 = 1 << 15;
     /// All vectors are masked.
     pub const FUNCTION_MASK: u16 = 1 << 14;
+    /// What a guest can write.
+    pub const WRITABLE: u16 = ENABLE | FUNCTION_MASK;
 }
 
 /// Address low and high, data, vector control.
@@ -70,7 +72,7 @@ impl Msix {
 
     /// Takes over message control, of which the guest writes [`control`]'s bits.
     pub fn set_control(&mut self, control: u16) {
-        self.control = control & (control::ENABLE | control::FUNCTION_MASK);
+        self.control = control & control::WRITABLE;
         (0..self.entries.len()).for_each(|vector| self.send_pending(vector));
     }
 
@@ -86,7 +88,7 @@ impl Msix {
     }
 
     fn send_pending(&mut self, vector: usize) {
-        let open = self.control & (control::ENABLE | control::FUNCTION_MASK) == control::ENABLE;
+        let open = self.control & control::WRITABLE == control::ENABLE;
         if let (Some([low, high, data, mask]), Some(pending)) =
             (self.entries.get(vector), self.pending.get_mut(vector))
             && open
