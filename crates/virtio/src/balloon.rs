@@ -7,9 +7,15 @@
 use crate::chain::Chain;
 use crate::discard::discard;
 use crate::worker::Worker;
-use crate::{ActivateError, Activation, DeviceKind, Queue, Transport, VirtioDevice, read_bytes};
+use crate::{
+    ActivateError, Activation, DeviceKind, Queue, Transport, VirtioDevice, pci, read_bytes,
+};
+use device::pci::PciSlot;
 use device::state::Reader;
-use device::{GuestPhysical, GuestRam, Notify, RestoreError, SavedState, lock};
+use device::{
+    GuestPhysical, GuestRam, MachineBuilder, MapError, Notify, RestoreError, SavedState, Wire, lock,
+};
+use std::fmt;
 use std::sync::{Arc, Mutex};
 
 /// Feature bits (§5.5.3).
@@ -44,9 +50,15 @@ pub struct Balloon {
     worker: Option<Worker>,
 }
 
-/// The host's side of a balloon.
+/// The host's side of a balloon. Clones are the same one.
 #[derive(Clone)]
 pub struct BalloonControl(Arc<Shared>);
+
+impl fmt::Debug for BalloonControl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BalloonControl").field("target", &self.target()).finish_non_exhaustive()
+    }
+}
 
 #[derive(Default)]
 struct Shared {
@@ -118,6 +130,13 @@ impl Statistics {
 }
 
 impl BalloonControl {
+    /// The host's side of a balloon that shall have this many bytes at first.
+    pub fn new(target: u64) -> Self {
+        let control = Self(Arc::default());
+        control.set_target(target);
+        control
+    }
+
     /// Asks the guest to give back this many bytes in all, in whole pages of 4 KiB. It takes its
     /// time, and may not be able to.
     pub fn set_target(&self, bytes: u64) {
@@ -156,12 +175,11 @@ impl BalloonControl {
 }
 
 impl Balloon {
-    /// A balloon that shall have this many bytes at first, and the host's side of it.
-    pub fn new(target: u64) -> (Self, BalloonControl) {
-        let shared = Arc::new(Shared::default());
-        let control = BalloonControl(shared.clone());
-        control.set_target(target);
-        (Self { shared, worker: None }, control)
+    /// The guest's side of a balloon: one at a time.
+    pub fn new(control: &BalloonControl) -> Self {
+        let mut balloon = Self { shared: control.0.clone(), worker: None };
+        balloon.reset();
+        balloon
     }
 }
 
@@ -266,6 +284,14 @@ impl State {
         let bytes = words.into_iter().flat_map(u32::to_le_bytes);
         space.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
         space
+    }
+}
+
+impl Wire for BalloonControl {
+    type Handle = PciSlot;
+
+    fn wire(self, machine: &mut dyn MachineBuilder) -> Result<PciSlot, MapError> {
+        pci::plug(machine, "balloon".into(), Box::new(Balloon::new(&self)))
     }
 }
 

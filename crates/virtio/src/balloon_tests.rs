@@ -32,7 +32,8 @@ fn config(device: &mut Balloon) -> [u32; 4] {
 
 #[test]
 fn inflating_gives_pages_back_and_they_read_as_zero() {
-    let (mut device, _) = Balloon::new(0);
+    let control = BalloonControl::new(0);
+    let mut device = Balloon::new(&control);
     let mut guest = TestGuest::with(&mut device);
     fill(&guest, FREE, 8 * PAGE as usize);
     let given = numbers(&[FREE + 5 * PAGE, FREE + PAGE, FREE + 2 * PAGE, FREE + PAGE, 1 << 40]);
@@ -46,7 +47,8 @@ fn inflating_gives_pages_back_and_they_read_as_zero() {
 
 #[test]
 fn the_target_is_told_and_the_driver_says_what_it_has_reached() {
-    let (mut device, control) = Balloon::new(64 << 20);
+    let control = BalloonControl::new(64 << 20);
+    let mut device = Balloon::new(&control);
     assert_eq!(config(&mut device), [16384, 0, 0, 0]);
     let guest = TestGuest::with(&mut device);
     assert_eq!(guest.transport.config_changes(), 0);
@@ -65,7 +67,8 @@ fn the_target_is_told_and_the_driver_says_what_it_has_reached() {
 
 #[test]
 fn reported_pages_are_freed_unless_they_are_poisoned() {
-    let (mut device, control) = Balloon::new(0);
+    let control = BalloonControl::new(0);
+    let mut device = Balloon::new(&control);
     let mut guest = TestGuest::with(&mut device);
     fill(&guest, FREE, 4 << 16);
     let report = |guest: &mut TestGuest| {
@@ -95,7 +98,8 @@ fn reported_pages_are_freed_unless_they_are_poisoned() {
 
 #[test]
 fn statistics_come_when_the_host_asks() {
-    let (mut device, control) = Balloon::new(0);
+    let control = BalloonControl::new(0);
+    let mut device = Balloon::new(&control);
     let mut guest = TestGuest::with(&mut device);
     let entry = |tag: Statistic, value: u64| {
         [&(tag as u16).to_le_bytes()[..], &value.to_le_bytes()].concat()
@@ -125,7 +129,8 @@ fn statistics_come_when_the_host_asks() {
 
 #[test]
 fn a_driver_without_statistics_reports_on_the_third_queue() {
-    let (mut device, control) = Balloon::new(0);
+    let control = BalloonControl::new(0);
+    let mut device = Balloon::new(&control);
     let features = feature::REPORTING | transport_feature::TRANSPORT;
     let mut guest = TestGuest::new(&[16, 16, 16], features);
     guest.activate(&mut device);
@@ -139,12 +144,14 @@ fn a_driver_without_statistics_reports_on_the_third_queue() {
 
 #[test]
 fn the_state_comes_back() {
-    let (mut device, _) = Balloon::new(100 * PAGE);
+    let control = BalloonControl::new(100 * PAGE);
+    let mut device = Balloon::new(&control);
     device.write_config(4, &[1, 0, 0, 0]);
     device.write_config(12, &[2, 0, 0, 0]);
     let mut state = SavedState::new("virtio", 1);
     device.save(&mut state);
-    let (mut other, _) = Balloon::new(0);
+    let control = BalloonControl::new(0);
+    let mut other = Balloon::new(&control);
     let mut reader = state.reader("virtio", 1).unwrap();
     other.restore(&mut reader).unwrap();
     reader.finish().unwrap();

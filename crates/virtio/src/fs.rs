@@ -1,9 +1,10 @@
 //! The file system device (§5.11): a folder of the host, shared by the FUSE server of `share`.
 use crate::chain::Chain;
 use crate::worker::Worker;
-use crate::{ActivateError, Activation, DeviceKind, Queue, VirtioDevice, read_bytes};
+use crate::{ActivateError, Activation, DeviceKind, Queue, VirtioDevice, pci, read_bytes};
+use device::pci::PciSlot;
 use device::state::Reader;
-use device::{Notify, RestoreError, SavedState};
+use device::{MachineBuilder, MapError, Notify, RestoreError, SavedState, Wire};
 use share::{MAX_REPLY, MAX_REQUEST, Server};
 use std::fmt;
 use std::sync::Arc;
@@ -73,9 +74,10 @@ pub struct FileSystem {
 }
 
 impl FileSystem {
-    /// A device through which `server` is reached.
-    pub fn new(tag: Tag, server: Server) -> Self {
-        Self { tag, server: Arc::new(server), workers: None }
+    /// A device through which `server` is reached. A session from before ends.
+    pub fn new(tag: Tag, server: Arc<Server>) -> Self {
+        server.reset();
+        Self { tag, server, workers: None }
     }
 
     /// The configuration space (§5.11.4): tag and number of request queues.
@@ -143,6 +145,30 @@ impl VirtioDevice for FileSystem {
     fn restore(&mut self, state: &mut Reader<'_>) -> Result<(), RestoreError> {
         let session: Vec<u8> = state.get("fs_session")?;
         self.server.restore(&session).map_err(|_| state.out_of_range("fs_session"))
+    }
+}
+
+/// A share that is plugged into a machine. A machine that starts again goes on with the same server.
+#[derive(Clone)]
+pub struct FsConfig {
+    /// What the guest mounts it by.
+    pub tag: Tag,
+    /// The folder.
+    pub server: Arc<Server>,
+}
+
+impl fmt::Debug for FsConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FsConfig").field("tag", &self.tag).finish_non_exhaustive()
+    }
+}
+
+impl Wire for FsConfig {
+    type Handle = PciSlot;
+
+    fn wire(self, machine: &mut dyn MachineBuilder) -> Result<PciSlot, MapError> {
+        let name = format!("fs-{}", self.tag);
+        pci::plug(machine, name, Box::new(FileSystem::new(self.tag, self.server)))
     }
 }
 

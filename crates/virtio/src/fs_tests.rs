@@ -7,7 +7,7 @@ use std::path::Path;
 fn device(folder: &Path) -> FileSystem {
     let limits = Limits { inodes: 100, descriptors: 16, handles: 16 };
     let options = Options { folder: folder.to_owned(), read_only: false, owner: None, limits };
-    FileSystem::new(Tag::new("share0").unwrap(), Server::new(&options).unwrap())
+    FileSystem::new(Tag::new("share0").unwrap(), Arc::new(Server::new(&options).unwrap()))
 }
 
 /// A FUSE request.

@@ -13,14 +13,16 @@ mod exchange;
 mod packet;
 
 use crate::worker::{FailOnPanic, Signal};
-use crate::{ActivateError, Activation, DeviceKind, Queue, VirtioDevice, read_bytes};
+use crate::{ActivateError, Activation, DeviceKind, Queue, VirtioDevice, pci, read_bytes};
+use device::pci::PciSlot;
 use device::state::Reader;
-use device::{Notify, RestoreError, SavedState};
+use device::{MachineBuilder, MapError, Notify, RestoreError, SavedState, Wire, lock};
 use exchange::Exchange;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 
 /// Queues (§5.10.2): to the guest, from the guest, events.
@@ -49,13 +51,47 @@ pub enum VsockError {
     },
 }
 
+/// The host's side: a guest's address, and the Unix socket through which it is reached. A machine
+/// that starts again goes on with the same one. Clones are the same one.
+#[derive(Clone)]
+pub struct VsockHost {
+    guest_cid: u64,
+    /// `None` while a device is active.
+    exchange: Arc<Mutex<Option<Exchange>>>,
+}
+
+impl VsockHost {
+    /// Listens at `path` for programs that want to reach the guest with this address.
+    ///
+    /// # Errors
+    /// The address is reserved, or the socket cannot be made.
+    pub fn new(guest_cid: u64, path: &Path) -> Result<Self, VsockError> {
+        if !(3..u64::from(u32::MAX)).contains(&guest_cid) {
+            return Err(VsockError::Cid(guest_cid));
+        }
+        let exchange = Arc::new(Mutex::new(Some(Exchange::new(guest_cid, path)?)));
+        Ok(Self { guest_cid, exchange })
+    }
+}
+
+impl fmt::Debug for VsockHost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VsockHost").field("guest_cid", &self.guest_cid).finish_non_exhaustive()
+    }
+}
+
+impl Wire for VsockHost {
+    type Handle = PciSlot;
+
+    fn wire(self, machine: &mut dyn MachineBuilder) -> Result<PciSlot, MapError> {
+        pci::plug(machine, "vsock".into(), Box::new(Vsock::new(self)))
+    }
+}
+
 /// A socket device.
 pub struct Vsock {
-    // Configuration.
-    guest_cid: u64,
     // Connections.
-    /// While the device is not active.
-    idle: Option<Exchange>,
+    host: VsockHost,
     active: Option<Active>,
     // Guest-visible state.
     /// The driver has connections that are gone, and must be told.
@@ -70,16 +106,11 @@ struct Active {
 }
 
 impl Vsock {
-    /// A device for a guest with this address, reached through a Unix socket at `path`.
-    ///
-    /// # Errors
-    /// The address is reserved, or the socket cannot be made.
-    pub fn new(guest_cid: u64, path: &Path) -> Result<Self, VsockError> {
-        if !(3..u64::from(u32::MAX)).contains(&guest_cid) {
-            return Err(VsockError::Cid(guest_cid));
-        }
-        let idle = Some(Exchange::new(guest_cid, path)?);
-        Ok(Self { guest_cid, idle, active: None, lost: false })
+    /// The guest's side: one at a time.
+    pub fn new(host: VsockHost) -> Self {
+        let mut vsock = Self { host, active: None, lost: false };
+        vsock.reset();
+        vsock
     }
 }
 
@@ -98,7 +129,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&mut self, offset: usize, data: &mut [u8]) {
-        read_bytes(&self.guest_cid.to_le_bytes(), offset, data);
+        read_bytes(&self.host.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn activate(
@@ -111,7 +142,8 @@ impl VirtioDevice for Vsock {
         let host = |what| move |source: io::Error| ActivateError::Host { what, source };
         let signal = Arc::new(Signal::new()?);
         let gone = || io::Error::other("its thread has panicked");
-        let exchange = self.idle.take().ok_or_else(gone).map_err(host("the sockets"))?;
+        let exchange =
+            lock(&self.host.exchange).take().ok_or_else(gone).map_err(host("the sockets"))?;
         exchange.watch(signal.descriptor()).map_err(Into::into).map_err(host("an event"))?;
         let told = Arc::new((!self.lost).into());
         let mut served = Served {
@@ -136,9 +168,10 @@ impl VirtioDevice for Vsock {
     fn deactivate(&mut self) {
         if let Some(Active { signal, thread, told }) = self.active.take() {
             signal.end();
-            self.idle = thread.join().ok();
-            if let Some(exchange) = &self.idle {
+            // A panic has failed the device.
+            if let Ok(exchange) = thread.join() {
                 exchange.unwatch(signal.descriptor());
+                *lock(&self.host.exchange) = Some(exchange);
             }
             self.lost = !told.load(Ordering::SeqCst);
         }
@@ -146,7 +179,7 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         self.lost = false;
-        if let Some(exchange) = &mut self.idle {
+        if let Some(exchange) = &mut *lock(&self.host.exchange) {
             exchange.clear();
         }
     }
