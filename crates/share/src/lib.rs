@@ -38,6 +38,7 @@ mod folders;
 mod handles;
 mod inodes;
 mod metadata;
+mod mount;
 mod names;
 mod protocol;
 mod reopen;
@@ -46,5 +47,6 @@ mod state;
 mod wire;
 
 pub use attributes::Owner;
+pub use mount::{Mount, MountError};
 pub use server::{Limits, MAX_DATA, MAX_REPLY, MAX_REQUEST, Options, Server, ShareError};
 pub use state::StateError;

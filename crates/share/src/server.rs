@@ -57,7 +57,7 @@ impl Limits {
 #[derive(Debug, thiserror::Error)]
 pub enum ShareError {
     /// It cannot be opened.
-    #[error("cannot share {folder}; give a folder that exists and that you may open")]
+    #[error("{folder} cannot be shared; give a folder that exists and that you may open")]
     Folder {
         /// The folder.
         folder: PathBuf,

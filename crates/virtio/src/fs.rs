@@ -52,6 +52,17 @@ impl Tag {
     }
 }
 
+impl Tag {
+    /// The tag of a machine's share by its number: `share0`, `share1`.
+    pub fn numbered(number: usize) -> Self {
+        let mut tag = [0; TAG];
+        // At most 25 bytes.
+        let name = format!("share{number}");
+        tag.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
+        Self(tag)
+    }
+}
+
 impl fmt::Display for Tag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         String::from_utf8_lossy(&self.0).trim_end_matches('\0').fmt(f)

@@ -10,7 +10,10 @@
 //! that bounds them, and [`packet`] the headers. One thread does all of it, and waits for nobody.
 mod connection;
 mod exchange;
+mod options;
 mod packet;
+
+pub use options::{NotVsockOptions, VsockOptions};
 
 use crate::worker::{FailOnPanic, Signal};
 use crate::{ActivateError, Activation, DeviceKind, Queue, VirtioDevice, pci, read_bytes};
@@ -20,7 +23,7 @@ use device::{MachineBuilder, MapError, Notify, RestoreError, SavedState, Wire, l
 use exchange::Exchange;
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
@@ -61,15 +64,16 @@ pub struct VsockHost {
 }
 
 impl VsockHost {
-    /// Listens at `path` for programs that want to reach the guest with this address.
+    /// Listens for programs that want to reach the guest.
     ///
     /// # Errors
     /// The address is reserved, or the socket cannot be made.
-    pub fn new(guest_cid: u64, path: &Path) -> Result<Self, VsockError> {
+    pub fn new(options: &VsockOptions) -> Result<Self, VsockError> {
+        let guest_cid = options.cid;
         if !(3..u64::from(u32::MAX)).contains(&guest_cid) {
             return Err(VsockError::Cid(guest_cid));
         }
-        let exchange = Arc::new(Mutex::new(Some(Exchange::new(guest_cid, path)?)));
+        let exchange = Arc::new(Mutex::new(Some(Exchange::new(guest_cid, &options.path)?)));
         Ok(Self { guest_cid, exchange })
     }
 }

@@ -6,8 +6,13 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 
 const CID: u64 = 42;
+
+fn host(cid: u64, path: &Path) -> Result<VsockHost, VsockError> {
+    VsockHost::new(&VsockOptions { path: path.to_owned(), cid })
+}
 
 struct Guest {
     device: Vsock,
@@ -29,8 +34,8 @@ struct Packet {
 impl Guest {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let host = VsockHost::new(CID, &folder.path().join("vm")).unwrap();
-        let mut device = Vsock::new(host);
+        let made = host(CID, &folder.path().join("vm")).unwrap();
+        let mut device = Vsock::new(made);
         let mut guest = TestGuest::with(&mut device);
         for _ in 0..16 {
             guest.queues[0].add(&[], &[4096]);
@@ -121,7 +126,7 @@ fn the_guest_reads_its_address_and_reserved_ones_are_refused() {
     guest.device.read_config(0, &mut space);
     assert_eq!(space, [42, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     for cid in [0, 1, 2, u64::from(u32::MAX), 1 << 32] {
-        assert!(matches!(VsockHost::new(cid, "/nowhere".as_ref()), Err(VsockError::Cid(_))));
+        assert!(matches!(host(cid, "/nowhere".as_ref()), Err(VsockError::Cid(_))));
     }
 }
 
@@ -333,8 +338,8 @@ fn packets_that_are_none_are_ignored_or_refused() {
 #[test]
 fn a_guest_that_takes_no_refusals_cannot_make_the_host_keep_them() {
     let folder = tempfile::tempdir().unwrap();
-    let host = VsockHost::new(CID, &folder.path().join("vm")).unwrap();
-    let mut device = Vsock::new(host);
+    let made = host(CID, &folder.path().join("vm")).unwrap();
+    let mut device = Vsock::new(made);
     let guest = TestGuest::with(&mut device);
     let mut guest = Guest { device, guest, folder, credit: Credit::default() };
     for n in 0..256 {
@@ -362,13 +367,13 @@ fn a_socket_left_by_a_process_that_ended_is_replaced_and_one_in_use_is_not() {
     let path = folder.path().join("vm");
     drop(UnixListener::bind(&path).unwrap());
     assert!(path.exists());
-    let host = VsockHost::new(CID, &path).unwrap();
-    let refused = VsockHost::new(CID, &path).err().unwrap();
+    let made = host(CID, &path).unwrap();
+    let refused = host(CID, &path).err().unwrap();
     assert!(refused.to_string().contains("no other VM uses"), "{refused}");
-    drop(host);
+    drop(made);
     assert!(!path.exists(), "tidied up");
     fs::write(&path, "something else").unwrap();
-    assert!(VsockHost::new(CID, &path).is_err());
+    assert!(host(CID, &path).is_err());
     assert_eq!(fs::read(&path).unwrap(), b"something else");
 }
 
