@@ -2,7 +2,7 @@
 use crate::disk::DiskCommand;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
-use vmm::{Bytes, CpuChoice, EngineChoice};
+use vmm::{Bytes, CpuChoice, EngineChoice, Mount, VsockOptions};
 
 /// Boots operating systems in virtual machines on any x86-64 Linux, with or without KVM.
 #[derive(Debug, Parser)]
@@ -90,6 +90,24 @@ pub struct Run {
     /// A source of entropy for the guest.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     pub rng: Switch,
+    /// Folder of the host to share, and the place where the guest finds it; may be repeated.
+    ///
+    /// What the guest makes there belongs to you. The first folder has the virtio-fs tag share0,
+    /// the second share1 and so on.
+    #[arg(long = "mount", value_name = "HOST:GUEST[:ro]")]
+    pub mounts: Vec<Mount>,
+    /// Memory that the guest is to give back at first; off for a guest without a balloon.
+    ///
+    /// With a balloon, memory that the guest has freed goes back to the host by itself.
+    #[arg(long, value_name = "SIZE|off", default_value = "0")]
+    pub balloon: BalloonArg,
+    /// Socket by which programs reach those in the guest (virtio-vsock).
+    ///
+    /// A program that connects to PATH and sends the line "CONNECT PORT" speaks with what listens
+    /// at that port in the guest. The guest reaches what listens at PATH_PORT as port PORT of
+    /// address 2. The guest's own address is 3, if none is given.
+    #[arg(long, value_name = "PATH[,cid=N]")]
+    pub vsock: Option<VsockOptions>,
 }
 
 /// Whether the guest gets something.
@@ -152,6 +170,23 @@ impl std::str::FromStr for SerialArg {
                 _ => Err("write stdio, none, or file:PATH with the path of a new file".into()),
             },
         }
+    }
+}
+
+/// The values of `--balloon`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BalloonArg {
+    /// A balloon that shall have so much at first.
+    Target(Bytes),
+    /// No balloon.
+    Off,
+}
+
+impl std::str::FromStr for BalloonArg {
+    type Err = vmm::NotASize;
+
+    fn from_str(text: &str) -> Result<Self, vmm::NotASize> {
+        if text == "off" { Ok(Self::Off) } else { text.parse().map(Self::Target) }
     }
 }
 

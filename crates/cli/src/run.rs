@@ -1,5 +1,5 @@
 //! `bv run`.
-use crate::args::{Guest, Run, SerialArg, Switch};
+use crate::args::{BalloonArg, Guest, Run, SerialArg, Switch};
 use crate::messages::{self, say};
 use crate::progress::Bar;
 use crate::terminal::{self, RawMode};
@@ -8,8 +8,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 use vmm::{
-    BootError, BootSource, DeviceConfig, Engine, EngineError, Host, Image, Machine, MachineConfig,
-    Module, Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals, VmmError,
+    BalloonControl, BootError, BootSource, DeviceConfig, Engine, EngineError, Host, Image, Machine,
+    MachineConfig, Module, Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals,
+    VmmError, VsockHost,
 };
 
 /// The command line of Debian's kernel: its console is ours, and only errors are worth a line.
@@ -79,6 +80,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     if let Some(line) = fallback {
         say(&line);
     }
+    let devices = devices(&arguments)?;
     let keyboard = uses_keyboard(&arguments.serial);
     let (boot, guest) = boot_source(&arguments)?;
     let config = MachineConfig {
@@ -89,7 +91,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
         serial: serial(&arguments.serial, keyboard),
         no_reboot: arguments.no_reboot,
         debug_exit: arguments.debug_exit,
-        devices: DeviceConfig { rng: arguments.rng == Switch::On },
+        devices,
     };
     let machine = Machine::new(config, engine.as_ref())?;
     if keyboard {
@@ -111,6 +113,20 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     }
     drop(raw);
     Ok(outcome?)
+}
+
+/// What is plugged into the machine.
+fn devices(arguments: &Run) -> Result<DeviceConfig, VmmError> {
+    let balloon = match arguments.balloon {
+        BalloonArg::Target(bytes) => Some(BalloonControl::new(bytes.0)),
+        BalloonArg::Off => None,
+    };
+    Ok(DeviceConfig {
+        rng: arguments.rng == Switch::On,
+        shares: vmm::open_shares(&arguments.mounts)?,
+        balloon,
+        vsock: arguments.vsock.as_ref().map(VsockHost::new).transpose()?,
+    })
 }
 
 fn describe(notice: &Notice<'_>, no_reboot: bool) -> String {

@@ -16,13 +16,16 @@
 //! is: the function's registers, a device's own, a queue's, interrupts. A notifier
 //! ([`VirtioDevice::activate`]) may be called with the registers locked, so neither it nor what it
 //! waits for calls back into them; [`Transport`]'s methods do not.
-#![forbid(unsafe_code)]
 
+pub mod balloon;
 pub mod chain;
+mod discard;
+pub mod fs;
 pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod testing;
+pub mod vsock;
 pub mod worker;
 
 pub use chain::Chain;

@@ -256,6 +256,15 @@ fn wire_pci_devices(wiring: &mut Wiring, config: &DeviceConfig) -> Result<(), Ma
     if config.rng {
         RngConfig.wire(wiring)?;
     }
+    for share in &config.shares {
+        share.clone().wire(wiring)?;
+    }
+    if let Some(balloon) = &config.balloon {
+        balloon.clone().wire(wiring)?;
+    }
+    if let Some(vsock) = &config.vsock {
+        vsock.clone().wire(wiring)?;
+    }
     Ok(())
 }
 

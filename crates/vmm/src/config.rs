@@ -2,6 +2,9 @@
 use crate::{Bytes, CpuChoice};
 use boot::{Image, Module};
 use std::path::PathBuf;
+use virtio::balloon::BalloonControl;
+use virtio::fs::FsConfig;
+use virtio::vsock::VsockHost;
 
 /// The configuration of one machine.
 #[derive(Debug)]
@@ -30,6 +33,12 @@ pub struct MachineConfig {
 pub struct DeviceConfig {
     /// A source of entropy.
     pub rng: bool,
+    /// Folders of the host.
+    pub shares: Vec<FsConfig>,
+    /// Through which the guest gives memory back.
+    pub balloon: Option<BalloonControl>,
+    /// Through which programs on the host and in the guest speak with each other.
+    pub vsock: Option<VsockHost>,
 }
 
 /// A kernel and what it is given. The files stay open, so that a reset loads the same ones.

@@ -18,6 +18,7 @@ mod events;
 mod machine;
 mod memory;
 mod platform;
+mod shares;
 mod signals;
 mod size;
 mod triple_fault;
@@ -35,9 +36,13 @@ pub use error::VmmError;
 pub use kvm::{Access, DEVICE_PATH, HostKvm, Virtualisation};
 pub use machine::{Host, Machine, Notice, Outcome, StopCause};
 pub use memory::MemoryError;
+pub use share::{Mount, MountError};
+pub use shares::open_shares;
 pub use signals::StopSignals;
 pub use size::{Bytes, NotASize};
 pub use triple_fault::TripleFault;
+pub use virtio::balloon::BalloonControl;
+pub use virtio::vsock::{NotVsockOptions, VsockHost, VsockOptions};
 
 #[cfg(test)]
 mod tests;
