@@ -11,10 +11,12 @@ mod cache;
 mod deb;
 pub mod debian;
 mod error;
+mod fat;
 pub mod initramfs;
 mod manifest;
 mod programs;
 mod progress;
+pub mod seed;
 
 pub use cache::Cache;
 pub use error::ImageError;
