@@ -164,7 +164,7 @@ fn download_error(package: &Package, folder: &Path, text: &str) -> ImageError {
 }
 
 /// Apt's error lines, or its last line where none is marked as an error.
-fn apt_says(text: &str) -> AptSays {
+pub(crate) fn apt_says(text: &str) -> AptSays {
     let errors: Vec<&str> = text.lines().filter(|line| line.starts_with("E:")).take(3).collect();
     AptSays(match (errors.is_empty(), text.lines().last()) {
         (false, _) => errors.join("\n"),

@@ -95,12 +95,18 @@ impl Cache {
 
 /// Writes a whole file: readers see the old content or all of the new, also after a crash.
 pub(crate) fn write(folder: &Path, name: &str, content: &[u8]) -> Result<PathBuf, ImageError> {
+    atomically(folder, name, content).map_err(|source| {
+        ImageError::file(&folder.join(name), "write the file", content.len() as u64, source)
+    })
+}
+
+/// As [`write`], with the system's own error.
+pub(crate) fn atomically(folder: &Path, name: &str, content: &[u8]) -> io::Result<PathBuf> {
     let path = folder.join(name);
     let temporary = folder.join(format!("{TEMPORARY}{}-{name}", std::process::id()));
-    write_and_rename(folder, &temporary, &path, content).map_err(|source| {
-        // The temporary file may not exist; the error that matters is `source`.
+    write_and_rename(folder, &temporary, &path, content).inspect_err(|_| {
+        // The temporary file may not exist; the error that matters is the other.
         let _ = fs::remove_file(&temporary);
-        ImageError::file(&path, "write the file", content.len() as u64, source)
     })?;
     Ok(path)
 }

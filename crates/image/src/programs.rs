@@ -1,7 +1,7 @@
 //! The distribution's programs that a fetch runs.
 
 use crate::ImageError;
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -10,7 +10,11 @@ use std::time::Duration;
 /// How often a running program's progress is looked at.
 const TICK: Duration = Duration::from_millis(50);
 
-/// Where `apt-get`, `apt-cache` and `dpkg-deb` are found, and with what rights they run.
+/// The longest line that is taken whole, in bytes.
+const LONGEST_LINE: u64 = 64 << 10;
+
+/// Where `apt-get`, `dpkg-deb`, `mmdebstrap` and the like are found, and with what rights they
+/// run.
 #[derive(Clone, Debug)]
 pub struct Programs {
     folder: Option<PathBuf>,
@@ -91,6 +95,37 @@ impl Programs {
             let status = child.wait().map_err(|source| ImageError::Run { program, source })?;
             Ok((status, text))
         })
+    }
+
+    /// Runs a program in `folder`, with more in its environment, and calls `take` for each line
+    /// that it writes to standard output or error. Returns its status.
+    pub(crate) fn lines(
+        &self,
+        program: &'static str,
+        arguments: &[&str],
+        environment: &[(&str, String)],
+        folder: &Path,
+        mut take: impl FnMut(&str),
+    ) -> Result<ExitStatus, ImageError> {
+        let failed = |source| ImageError::Run { program, source };
+        let (reader, writer) = io::pipe().map_err(failed)?;
+        let mut command = self.command(program, arguments);
+        command.current_dir(folder).envs(environment.iter().map(|(name, value)| (name, value)));
+        command.stdout(writer.try_clone().map_err(failed)?).stderr(writer);
+        let mut child = command.spawn().map_err(|source| not_run(program, source))?;
+        // The command holds the pipe's other end, which must close for the reading to end.
+        drop(command);
+        let mut reader = BufReader::new(reader);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let length = (&mut reader).take(LONGEST_LINE).read_until(b'\n', &mut line);
+            if length.map_err(failed)? == 0 {
+                break;
+            }
+            take(String::from_utf8_lossy(&line).trim_end());
+        }
+        child.wait().map_err(failed)
     }
 
     /// A command in the C locale (its output is read here) that cannot ask questions.

@@ -13,6 +13,25 @@ pub enum Stage {
     Downloading(String),
     /// Files are being taken out of this package.
     Unpacking(String),
+    /// This disk is being copied.
+    Copying(String),
+    /// The packages of an image are being downloaded.
+    DownloadingPackages,
+    /// The packages of an image are being installed; `done` and `total` count them, each twice:
+    /// unpacked, and set up.
+    Installing,
+    /// The disk of an image is being made.
+    MakingDisk,
+    /// The disk of an image is being compared with its sum.
+    Verifying,
+}
+
+impl Stage {
+    /// Whether what is done is counted in bytes.
+    #[must_use]
+    pub fn counts_bytes(&self) -> bool {
+        *self != Self::Installing
+    }
 }
 
 impl fmt::Display for Stage {
@@ -22,6 +41,11 @@ impl fmt::Display for Stage {
             Self::RefreshingLists => write!(out, "refreshing the package lists"),
             Self::Downloading(package) => write!(out, "downloading {package}"),
             Self::Unpacking(package) => write!(out, "unpacking {package}"),
+            Self::Copying(name) => write!(out, "copying {name}"),
+            Self::DownloadingPackages => write!(out, "downloading packages"),
+            Self::Installing => write!(out, "installing packages"),
+            Self::MakingDisk => write!(out, "making the disk"),
+            Self::Verifying => write!(out, "verifying"),
         }
     }
 }
@@ -31,9 +55,9 @@ impl fmt::Display for Stage {
 pub struct Step {
     /// What is being done.
     pub stage: Stage,
-    /// Bytes done so far.
+    /// Bytes done so far, or what the stage counts instead.
     pub done: u64,
-    /// Bytes in all, where that is known before the end.
+    /// As many in all, where that is known before the end.
     pub total: Option<u64>,
 }
 
