@@ -123,12 +123,14 @@ impl Model {
         assert_eq!(differs, None, "the disk differs there");
     }
 
-    /// Has QEMU compare an image with it, and check its metadata.
+    /// Has QEMU compare an image with it, and check its metadata if it can check that format's.
     pub fn compare_with_qemu(&self, folder: &Path, image: &Path, format: &str) {
         let raw = folder.join("model.raw");
         std::fs::write(&raw, &self.bytes).unwrap();
         let (raw, image) = (raw.to_str().unwrap(), image.to_str().unwrap());
         qemu("qemu-img", ["compare", "-f", format, "-F", "raw", image, raw]);
-        qemu("qemu-img", ["check", "-f", format, image]);
+        if !["raw", "vpc"].contains(&format) {
+            qemu("qemu-img", ["check", "-f", format, image]);
+        }
     }
 }
