@@ -18,6 +18,7 @@
 //! waits for calls back into them; [`Transport`]'s methods do not.
 #![forbid(unsafe_code)]
 
+pub mod blk;
 pub mod chain;
 pub mod pci;
 pub mod queue;
