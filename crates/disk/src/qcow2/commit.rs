@@ -35,6 +35,12 @@ impl Qcow2 {
                 drop((meta, marked_dirty));
                 return self.file.sync();
             }
+            // Whatever a table refers to must lie within the file. Under the lock no cluster is
+            // taken, so that no write can be under way beyond the new end: it would be cut off.
+            let end = meta.refcounts.end() << self.cluster_bits;
+            if self.file.size()? < end {
+                self.file.set_size(end)?;
+            }
             let with_refcounts = with_refcounts || !self.lazy_refcounts || meta.refcounts.crowded();
             meta.begin_writing(with_refcounts)
         };
@@ -48,9 +54,6 @@ impl Qcow2 {
         if !*marked_dirty {
             self.mark(DIRTY, true)?;
             *marked_dirty = true;
-        }
-        if self.file.size()? < changes.file_size {
-            self.file.set_size(changes.file_size)?;
         }
         write_pages(&self.file, &changes.refcounts.pages)?;
         self.file.sync()?;

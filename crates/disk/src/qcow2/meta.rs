@@ -265,7 +265,6 @@ impl Meta {
             l1: l1.collect(),
             l1_indices,
             freed: std::mem::take(&mut self.freed),
-            file_size: self.refcounts.end() << self.cluster_bits,
         }
     }
 
@@ -338,6 +337,4 @@ pub(crate) struct Changes {
     pub l1: Vec<(u64, u64)>,
     l1_indices: BTreeSet<usize>,
     pub freed: Vec<Run>,
-    /// What the file's size must be at least.
-    pub file_size: u64,
 }

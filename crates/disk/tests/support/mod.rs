@@ -2,6 +2,11 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+pub mod fuzz;
+mod random;
+
+pub use random::Random;
+
 use disk::{Disk, ExtentKind};
 use std::ffi::OsStr;
 use std::path::Path;
@@ -57,37 +62,6 @@ pub fn qemu<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = 
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} failed: {printed}{errors}");
     printed
-}
-
-/// Random numbers that are the same in each run (SplitMix64).
-#[derive(Clone)]
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
-    }
-
-    pub fn fill(&mut self, buffer: &mut [u8]) {
-        for chunk in buffer.chunks_mut(8) {
-            let bytes = self.next().to_le_bytes();
-            chunk.copy_from_slice(&bytes[..chunk.len()]);
-        }
-    }
-
-    pub fn bytes(&mut self, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        self.fill(&mut bytes);
-        bytes
-    }
 }
 
 /// A disk beside what it should hold.
@@ -149,12 +123,14 @@ impl Model {
         assert_eq!(differs, None, "the disk differs there");
     }
 
-    /// Has QEMU compare an image with it, and check its metadata.
+    /// Has QEMU compare an image with it, and check its metadata if it can check that format's.
     pub fn compare_with_qemu(&self, folder: &Path, image: &Path, format: &str) {
         let raw = folder.join("model.raw");
         std::fs::write(&raw, &self.bytes).unwrap();
         let (raw, image) = (raw.to_str().unwrap(), image.to_str().unwrap());
         qemu("qemu-img", ["compare", "-f", format, "-F", "raw", image, raw]);
-        qemu("qemu-img", ["check", "-f", format, image]);
+        if !["raw", "vpc"].contains(&format) {
+            qemu("qemu-img", ["check", "-f", format, image]);
+        }
     }
 }
