@@ -3,6 +3,7 @@ use crate::args::{Guest, Run, SerialArg, Switch};
 use crate::messages::{self, say};
 use crate::progress::Bar;
 use crate::terminal::{self, RawMode};
+use ::disk::DiskError;
 use image::{Cache, ImageError, debian};
 use std::path::Path;
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ enum RunError {
     Boot(#[from] BootError),
     #[error("--engine: this CPU engine does not work on this host")]
     Engine(#[source] EngineError),
+    #[error("--disk")]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Machine(#[from] VmmError),
     #[error("the terminal cannot be prepared; use --serial none or redirect standard input")]
@@ -41,7 +44,7 @@ enum RunError {
 impl RunError {
     fn status(&self) -> u8 {
         match self {
-            Self::Image(_) | Self::Boot(_) => BAD_INPUT,
+            Self::Image(_) | Self::Boot(_) | Self::Disk(_) => BAD_INPUT,
             Self::Machine(error) if error.is_bad_input() => BAD_INPUT,
             Self::Machine(_) | Self::Engine(_) | Self::Terminal(_) | Self::Signals(_) => FAILED,
         }
@@ -80,6 +83,8 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
         say(&line);
     }
     let keyboard = uses_keyboard(&arguments.serial);
+    let disks = arguments.disks.iter().enumerate().map(|(number, disk)| disk.open(number));
+    let disks = disks.collect::<Result<_, _>>()?;
     let (boot, guest) = boot_source(&arguments)?;
     let config = MachineConfig {
         memory: arguments.memory,
@@ -89,7 +94,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
         serial: serial(&arguments.serial, keyboard),
         no_reboot: arguments.no_reboot,
         debug_exit: arguments.debug_exit,
-        devices: DeviceConfig { rng: arguments.rng == Switch::On },
+        devices: DeviceConfig { disks, rng: arguments.rng == Switch::On },
     };
     let machine = Machine::new(config, engine.as_ref())?;
     if keyboard {
@@ -119,6 +124,11 @@ fn describe(notice: &Notice<'_>, no_reboot: bool) -> String {
         Notice::TripleFault(fault) => {
             format!("{fault}\n  the machine resets; --no-reboot ends it instead")
         }
+        Notice::DiskFull(retry) => format!(
+            "the host has no room for what the guest writes to its disk: the machine is paused\n  \
+             free some space, and it goes on within {} seconds",
+            retry.as_secs()
+        ),
         Notice::PowerButton(grace) => format!(
             "asked the guest to switch off; it has {} seconds (signal again to stop it now)",
             grace.as_secs()
