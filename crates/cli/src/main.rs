@@ -3,6 +3,7 @@
 
 mod args;
 mod disk;
+mod disk_arg;
 mod doctor;
 mod messages;
 mod progress;

@@ -18,7 +18,7 @@
 //! that one side has sent and the other has not taken; beyond that the guest is refused or has to
 //! send again. Guests and peers are hostile: what is not understood is dropped.
 //!
-//! [`core`] is the way of a frame, [`worker`] who runs when; `tcp` is the largest room.
+//! `core` is the way of a frame, `worker` who runs when; `tcp` is the largest room.
 
 mod config;
 mod core;

@@ -18,6 +18,7 @@
 //! waits for calls back into them; [`Transport`]'s methods do not.
 
 pub mod balloon;
+pub mod blk;
 pub mod chain;
 mod discard;
 pub mod fs;

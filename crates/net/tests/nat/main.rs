@@ -6,5 +6,7 @@ mod bulk;
 mod connections;
 mod datagrams;
 mod forwards;
+mod fuzz;
 mod guest;
+mod hostile;
 mod link;
