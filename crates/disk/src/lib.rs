@@ -5,16 +5,24 @@
 //! of threads at once. Image files are hostile input: no length, offset or count in them steers
 //! an allocation or a loop before it was checked against the file's size and the format's limits.
 //!
-//! Start reading at [`Disk`], then [`file`], on which every format stands.
+//! Start reading at [`Disk`], then [`file`], on which every format stands. [`vdi`] is the simplest
+//! of the formats that divide a disk into blocks; what they share is in `blocks` and `table`.
 #![forbid(unsafe_code)]
 
+mod blocks;
+mod bytes;
+mod create;
 mod error;
 pub mod file;
 mod lock;
+mod store;
+mod table;
+pub mod vdi;
 
 pub use error::{DiskError, check_range};
 pub use file::{Access, FileOptions, ImageFile};
 pub use lock::Lock;
+pub use store::Store;
 
 /// Bytes of a sector, the unit of offsets and lengths that a guest uses.
 pub const SECTOR: u64 = 512;
