@@ -5,7 +5,7 @@
 //! of threads at once. Image files are hostile input: no length, offset or count in them steers
 //! an allocation or a loop before it was checked against the file's size and the format's limits.
 //!
-//! Start reading at [`Disk`], then [`file`], on which every format stands. [`vdi`] is the simplest
+//! Start reading at [`Disk`], then [`mod@file`], on which every format stands. [`vdi`] is the simplest
 //! of the formats that divide a disk into blocks; what they share is in `blocks` and `table`.
 #![forbid(unsafe_code)]
 
@@ -18,6 +18,7 @@ mod lock;
 mod store;
 mod table;
 pub mod vdi;
+pub mod vhd;
 
 pub use error::{DiskError, check_range};
 pub use file::{Access, FileOptions, ImageFile};

@@ -35,6 +35,8 @@ pub(crate) trait Entry: Send + Sync + 'static {
 
 /// 32 bits, little-endian.
 pub(crate) enum Le32 {}
+/// 32 bits, big-endian.
+pub(crate) enum Be32 {}
 
 macro_rules! entry {
     ($entry:ident, $cell:ident, $integer:ident, $decode:ident, $encode:ident) => {
@@ -62,6 +64,7 @@ macro_rules! entry {
 }
 
 entry!(Le32, AtomicU32, u32, from_le_bytes, to_le_bytes);
+entry!(Be32, AtomicU32, u32, from_be_bytes, to_be_bytes);
 
 /// The entries of one page.
 pub(crate) type Cells<E> = Box<[<E as Entry>::Cell]>;

@@ -6,7 +6,7 @@
 //! differencing and undo images, which need a parent, are refused.
 //!
 //! The header holds the number of blocks in use, which has to fit the map. There is no log that
-//! would change both at once; [`Vdi::write_back`] writes the header together with the map's first
+//! would change both at once; `Vdi::write_back` writes the header together with the map's first
 //! page, and opening an image to write corrects a number that was left behind by a crash between
 //! it and the other pages.
 use crate::blocks::{Blocks, disk_of_blocks};
