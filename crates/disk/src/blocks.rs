@@ -40,6 +40,14 @@ pub(crate) trait Blocks {
     /// As [`crate::Disk::write_at`].
     fn add(&self, block: u64, within: u64, data: &[u8]) -> Result<(), DiskError>;
 
+    /// Comes before each change of the disk.
+    ///
+    /// # Errors
+    /// As [`crate::Disk::write_at`].
+    fn before_change(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+
     /// Makes what was never written read as zeroes, after `buffer` was filled with what the file
     /// has at `within` of the block.
     ///
@@ -248,10 +256,17 @@ macro_rules! disk_of_blocks {
                 if $crate::Disk::read_only(self) {
                     return Err($crate::DiskError::ReadOnly);
                 }
-                $crate::check_range(offset, length, self.disk_size())
+                $crate::check_range(offset, length, self.disk_size())?;
+                $crate::blocks::Blocks::before_change(self)
             }
         }
+    };
+}
+pub(crate) use disk_of_blocks;
 
+/// Has an image flushed when it is closed.
+macro_rules! flush_when_closed {
+    ($image:ty) => {
         /// Closing flushes. Who wants to know whether that works calls `flush` first.
         impl Drop for $image {
             fn drop(&mut self) {
@@ -261,4 +276,4 @@ macro_rules! disk_of_blocks {
         }
     };
 }
-pub(crate) use disk_of_blocks;
+pub(crate) use flush_when_closed;

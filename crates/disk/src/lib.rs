@@ -19,6 +19,7 @@ mod store;
 mod table;
 pub mod vdi;
 pub mod vhd;
+pub mod vhdx;
 
 pub use error::{DiskError, check_range};
 pub use file::{Access, FileOptions, ImageFile};

@@ -8,7 +8,7 @@ use crate::DiskError;
 use crate::store::Store;
 use std::collections::BTreeSet;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Bytes of a page of a table.
@@ -37,6 +37,8 @@ pub(crate) trait Entry: Send + Sync + 'static {
 pub(crate) enum Le32 {}
 /// 32 bits, big-endian.
 pub(crate) enum Be32 {}
+/// 64 bits, little-endian.
+pub(crate) enum Le64 {}
 
 macro_rules! entry {
     ($entry:ident, $cell:ident, $integer:ident, $decode:ident, $encode:ident) => {
@@ -65,6 +67,7 @@ macro_rules! entry {
 
 entry!(Le32, AtomicU32, u32, from_le_bytes, to_le_bytes);
 entry!(Be32, AtomicU32, u32, from_be_bytes, to_be_bytes);
+entry!(Le64, AtomicU64, u64, from_le_bytes, to_le_bytes);
 
 /// The entries of one page.
 pub(crate) type Cells<E> = Box<[<E as Entry>::Cell]>;

@@ -9,7 +9,7 @@
 //! would change both at once; `Vdi::write_back` writes the header together with the map's first
 //! page, and opening an image to write corrects a number that was left behind by a crash between
 //! it and the other pages.
-use crate::blocks::{Blocks, disk_of_blocks};
+use crate::blocks::{Blocks, disk_of_blocks, flush_when_closed};
 use crate::bytes::{array, le32, le64, put};
 use crate::create::{check_size, new_file, random_id};
 use crate::store::{Complain, Store};
@@ -392,6 +392,7 @@ impl Blocks for Vdi {
 }
 
 disk_of_blocks!(Vdi);
+flush_when_closed!(Vdi);
 
 /// Writes the header and the map of an image without data.
 fn lay_out(store: &dyn Store, size: u64, variant: Variant) -> Result<(), DiskError> {

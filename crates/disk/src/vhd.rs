@@ -14,7 +14,7 @@
 mod dynamic;
 mod footer;
 
-use crate::blocks::{Blocks, disk_of_blocks};
+use crate::blocks::{Blocks, disk_of_blocks, flush_when_closed};
 use crate::create::{check_size, new_file};
 use crate::store::{Complain, Store};
 use crate::{DiskError, FileOptions, SECTOR};
@@ -191,3 +191,4 @@ impl Blocks for Vhd {
 }
 
 disk_of_blocks!(Vhd);
+flush_when_closed!(Vhd);
