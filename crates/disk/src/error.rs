@@ -69,6 +69,20 @@ pub enum DiskError {
         /// The file.
         file: String,
     },
+    /// The file below an image cannot be used.
+    #[error(
+        "{file}: its backing file {backing} cannot be opened; put it back, or go back to a copy of \
+         both"
+    )]
+    Backing {
+        /// The image.
+        file: String,
+        /// The file below it.
+        backing: String,
+        /// Why not.
+        #[source]
+        source: Box<DiskError>,
+    },
     /// What was asked for cannot be made.
     #[error("{file}: {problem}")]
     Invalid {

@@ -161,6 +161,13 @@ impl ImageFile {
         self.access == Access::Read
     }
 
+    /// Whether it is a file, whose end moves when it is written beyond and which has zeroes there,
+    /// and not a block device.
+    #[must_use]
+    pub fn is_regular(&self) -> bool {
+        !self.block_device
+    }
+
     /// Bytes in the file, or on the device.
     ///
     /// # Errors
@@ -267,7 +274,8 @@ impl ImageFile {
         self.cached.sync_data().map_err(|source| self.host("make its data durable", source))
     }
 
-    /// Cuts the file off at `size`, or extends it with zeroes that take up no space.
+    /// Cuts the file off at `size`, or extends it with zeroes that take up no space. The caller
+    /// sees to it that no write beyond `size` is under way: it would be cut off.
     ///
     /// # Errors
     /// [`DiskError::Full`], [`DiskError::ReadOnly`], or the host cannot.
@@ -295,13 +303,14 @@ impl ImageFile {
     pub fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         self.check_writable()?;
         let end = offset.saturating_add(length);
-        if !self.block_device {
-            let size = self.size()?;
-            if size < end {
-                self.set_size(end)?;
-            }
+        if length == 0 {
+            return Ok(());
         }
-        if length == 0 || self.punch(offset, length)? {
+        if !self.block_device && self.size()? < end {
+            // Written, and not set as the size: another thread may have written further meanwhile.
+            self.write_at(end - 1, &[0])?;
+        }
+        if self.punch(offset, length)? {
             return Ok(());
         }
         let flags = FallocateFlags::ZERO_RANGE;

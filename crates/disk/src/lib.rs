@@ -5,16 +5,24 @@
 //! of threads at once. Image files are hostile input: no length, offset or count in them steers
 //! an allocation or a loop before it was checked against the file's size and the format's limits.
 //!
-//! Start reading at [`Disk`], then [`mod@file`], on which every format stands. [`vdi`] is the simplest
-//! of the formats that divide a disk into blocks; what they share is in `blocks` and `table`.
+//! Start reading at [`Disk`], then [`mod@file`], on which every format stands. [`mod@format`] opens an
+//! image of any format, [`overlay`] puts a qcow2 image over one, [`mod@convert`] copies between
+//! formats, [`requests`] is what a block device uses. [`vdi`] is the simplest of the formats that
+//! divide a disk into blocks; what they share is in `blocks` and `table`.
 #![forbid(unsafe_code)]
 
 mod blocks;
 mod bytes;
+pub mod convert;
 mod create;
 mod error;
 pub mod file;
+pub mod format;
 mod lock;
+pub mod overlay;
+pub mod qcow2;
+pub mod raw;
+pub mod requests;
 mod store;
 mod table;
 pub mod vdi;
@@ -23,6 +31,7 @@ pub mod vhdx;
 
 pub use error::{DiskError, check_range};
 pub use file::{Access, FileOptions, ImageFile};
+pub use format::Format;
 pub use lock::Lock;
 pub use store::Store;
 
@@ -71,6 +80,12 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// As [`Disk::write_at`].
     fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), DiskError>;
+
+    /// Bytes of the unit in which the format allocates: an aligned piece of this size can be
+    /// discarded, or made zero, so that it takes up no space. A power of two.
+    fn unit(&self) -> u64 {
+        4096
+    }
 
     /// What the disk holds from `offset` on: the kind of the first bytes there and for how many
     /// (at least one, at most `length`) it stays the same. What cannot be known counts as data.

@@ -1,5 +1,7 @@
 //! The host file back end.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod support;
 
 use disk::{Access, DiskError, ExtentKind, FileOptions, ImageFile, Lock};

@@ -2,6 +2,12 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+pub mod fuzz;
+mod random;
+
+pub use random::Random;
+
+use disk::{Disk, ExtentKind};
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -58,33 +64,73 @@ pub fn qemu<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = 
     printed
 }
 
-/// Random numbers that are the same in each run (SplitMix64).
-#[derive(Clone)]
-pub struct Random(pub u64);
+/// A disk beside what it should hold.
+pub struct Model {
+    pub bytes: Vec<u8>,
+}
 
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
-    }
-
-    pub fn fill(&mut self, buffer: &mut [u8]) {
-        for chunk in buffer.chunks_mut(8) {
-            let bytes = self.next().to_le_bytes();
-            chunk.copy_from_slice(&bytes[..chunk.len()]);
+impl Model {
+    /// Does one random operation on both, and compares what is read.
+    pub fn step(&mut self, disk: &dyn Disk, random: &mut Random) {
+        let size = self.bytes.len() as u64;
+        let unit = [512, 4096, disk.unit()][random.below(3) as usize].min(size);
+        let offset = random.below(size / unit) * unit;
+        let most = ((4 << 20) / unit).clamp(2, 12);
+        let length = ((random.below(most) + 1) * unit).min(size - offset);
+        let range = offset as usize..(offset + length) as usize;
+        match random.below(12) {
+            0..5 => {
+                random.fill(&mut self.bytes[range.clone()]);
+                disk.write_at(offset, &self.bytes[range]).unwrap();
+            }
+            5..8 => {
+                let mut read = vec![0xaa; range.len()];
+                disk.read_at(offset, &mut read).unwrap();
+                assert!(read == self.bytes[range], "{offset} + {length} reads wrong");
+            }
+            8 => {
+                disk.write_zeroes(offset, length).unwrap();
+                self.bytes[range].fill(0);
+            }
+            9 => {
+                disk.discard(offset, length).unwrap();
+                // It may have become zeroes or not, sector by sector, but nothing else.
+                let mut now = vec![0xaa; range.len()];
+                disk.read_at(offset, &mut now).unwrap();
+                for (sector, old) in now.chunks(512).zip(self.bytes[range.clone()].chunks(512)) {
+                    assert!(sector == old || sector.iter().all(|byte| *byte == 0));
+                }
+                self.bytes[range].copy_from_slice(&now);
+            }
+            10 => {
+                let extent = disk.extent(offset, length).unwrap();
+                assert!(extent.length > 0 && extent.length <= length);
+                let part = &self.bytes[range.start..range.start + extent.length as usize];
+                assert!(extent.kind == ExtentKind::Data || part.iter().all(|byte| *byte == 0));
+            }
+            _ => disk.flush().unwrap(),
         }
     }
 
-    pub fn bytes(&mut self, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        self.fill(&mut bytes);
-        bytes
+    /// Compares everything.
+    pub fn compare(&self, disk: &dyn Disk) {
+        assert_eq!(disk.size(), self.bytes.len() as u64);
+        let mut read = vec![0xaa; self.bytes.len()];
+        for (index, chunk) in read.chunks_mut(1 << 20).enumerate() {
+            disk.read_at((index as u64) << 20, chunk).unwrap();
+        }
+        let differs = read.iter().zip(&self.bytes).position(|(a, b)| a != b);
+        assert_eq!(differs, None, "the disk differs there");
+    }
+
+    /// Has QEMU compare an image with it, and check its metadata if it can check that format's.
+    pub fn compare_with_qemu(&self, folder: &Path, image: &Path, format: &str) {
+        let raw = folder.join("model.raw");
+        std::fs::write(&raw, &self.bytes).unwrap();
+        let (raw, image) = (raw.to_str().unwrap(), image.to_str().unwrap());
+        qemu("qemu-img", ["compare", "-f", format, "-F", "raw", image, raw]);
+        if !["raw", "vpc"].contains(&format) {
+            qemu("qemu-img", ["check", "-f", format, image]);
+        }
     }
 }
