@@ -7,10 +7,14 @@
 //!
 //! Start reading at [`Disk`], then [`mod@file`], on which every format stands. [`mod@format`] opens an
 //! image of any format, [`overlay`] puts a qcow2 image over one, [`mod@convert`] copies between
-//! formats, [`requests`] is what a block device uses.
+//! formats, [`requests`] is what a block device uses. [`vdi`] is the simplest of the formats that
+//! divide a disk into blocks; what they share is in `blocks` and `table`.
 #![forbid(unsafe_code)]
 
+mod blocks;
+mod bytes;
 pub mod convert;
+mod create;
 mod error;
 pub mod file;
 pub mod format;
@@ -19,11 +23,18 @@ pub mod overlay;
 pub mod qcow2;
 pub mod raw;
 pub mod requests;
+mod store;
+mod table;
+pub mod vdi;
+pub mod vhd;
+pub mod vhdx;
+pub mod vmdk;
 
 pub use error::{DiskError, check_range};
 pub use file::{Access, FileOptions, ImageFile};
 pub use format::Format;
 pub use lock::Lock;
+pub use store::Store;
 
 /// Bytes of a sector, the unit of offsets and lengths that a guest uses.
 pub const SECTOR: u64 = 512;
