@@ -28,6 +28,7 @@ mod table;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
+pub mod vmdk;
 
 pub use error::{DiskError, check_range};
 pub use file::{Access, FileOptions, ImageFile};
