@@ -1,8 +1,11 @@
 //! The command line of `bv`.
 use crate::disk::DiskCommand;
 use crate::disk_arg::DiskArg;
+use ::disk::Format;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use host::MachineName;
+use image::seed::{Hostname, NetworkConfig, SeedError, SshKey, UserData};
+use std::path::{Path, PathBuf};
 use vmm::{Bytes, CpuChoice, EngineChoice, Mount, VsockOptions};
 
 /// Boots operating systems in virtual machines on any x86-64 Linux, with or without KVM.
@@ -28,6 +31,14 @@ pub enum Command {
         #[command(subcommand)]
         command: DiskCommand,
     },
+    /// List the machines that were made from images.
+    Ls,
+    /// Remove machines, with their disks.
+    Rm {
+        /// Their names.
+        #[arg(required = true)]
+        names: Vec<MachineName>,
+    },
     /// Say what this machine offers to virtual machines, and what bv will use.
     Doctor,
 }
@@ -35,6 +46,7 @@ pub enum Command {
 const EXAMPLES: &str = "\
 Examples:
   bv run                                  Debian: a shell on the serial console
+  bv run debian:12                        a whole Debian 12, with a disk of its own
   bv run hello                            a tiny built-in guest; needs no network
   bv run --kernel bzImage --initrd initrd.cpio --cmdline 'console=ttyS0' --cpus 2
   bv run --kernel kernel.elf --module 'disk.img root' --no-reboot --debug-exit
@@ -52,9 +64,37 @@ Exit status:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Run {
-    /// A built-in guest to run instead of Debian.
-    #[arg(conflicts_with = "kernel")]
-    pub guest: Option<Guest>,
+    /// An image, as debian:12; a disk, as ./disk.qcow2; or the built-in guest hello.
+    ///
+    /// An image is fetched or built when it is first used, and stays as it is: what the machine
+    /// writes goes to a disk of its own, and is there again the next time. Without a guest and a
+    /// kernel, Debian's kernel and a shell run from memory.
+    #[arg(value_name = "IMAGE|DISK|hello")]
+    pub guest: Option<GuestArg>,
+    /// What to call the machine made from the image [default: after the image, as debian-12].
+    #[arg(long)]
+    pub name: Option<MachineName>,
+    /// Forget the machine made from the image when it ends.
+    #[arg(long)]
+    pub temporary: bool,
+    /// Make the disk of the machine made from the image at least so large.
+    #[arg(long, value_name = "SIZE")]
+    pub disk_size: Option<Bytes>,
+    /// Format of the disk that is run, where its header does not say or is not to be believed.
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// Host name of the guest [default: the machine's name].
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<Hostname>,
+    /// Public SSH key, or a file of them, with which to log in as root; may be repeated.
+    #[arg(long = "ssh-key", value_name = "KEY|FILE")]
+    pub ssh_keys: Vec<Keys>,
+    /// User data for cloud-init in the guest.
+    #[arg(long, value_name = "FILE", value_parser = user_data)]
+    pub cloud_init: Option<UserData>,
+    /// Network configuration for cloud-init in the guest.
+    #[arg(long, value_name = "FILE", value_parser = network_config)]
+    pub network_config: Option<NetworkConfig>,
     /// Kernel to boot: a bzImage, an ELF file with a PVH note, or a multiboot 1 or 2 image.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -64,12 +104,13 @@ pub struct Run {
     /// Module for a multiboot or PVH kernel, with its arguments; may be repeated.
     #[arg(long = "module", value_name = "'FILE ARGS'", requires = "kernel")]
     pub modules: Vec<String>,
-    /// The kernel's command line [default for Debian: "console=ttyS0 quiet"].
+    /// The kernel's command line [default for Debian: "console=ttyS0 quiet"]; for an image it is
+    /// added to its own.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// Size of the guest's memory, as 512MiB or 2GiB.
-    #[arg(long, value_name = "SIZE", default_value = "512MiB")]
-    pub memory: Bytes,
+    /// Size of the guest's memory, as 2GiB [default: 512MiB, for images and disks 1GiB].
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Bytes>,
     /// Number of virtual CPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -127,11 +168,64 @@ pub enum Switch {
     Off,
 }
 
-/// The guests that `bv` carries in itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Guest {
-    /// Says what it found, and echoes what is typed.
+/// What `bv run` is to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestArg {
+    /// The guest that `bv` carries in itself: it says what it found, and echoes what is typed.
     Hello,
+    /// An image of this name.
+    Image(String),
+    /// A disk.
+    Disk(PathBuf),
+}
+
+impl std::str::FromStr for GuestArg {
+    type Err = image::NameError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let path = Path::new(text);
+        match text {
+            "hello" => Ok(Self::Hello),
+            _ if text.contains('/') || path.is_file() => Ok(Self::Disk(path.to_owned())),
+            _ => text.parse::<image::Name>().map(|name| Self::Image(name.to_string())),
+        }
+    }
+}
+
+/// The SSH keys of one `--ssh-key`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keys(pub Vec<SshKey>);
+
+impl std::str::FromStr for Keys {
+    type Err = SeedError;
+
+    fn from_str(text: &str) -> Result<Self, SeedError> {
+        SshKey::from_file_or_text(text).map(Self)
+    }
+}
+
+fn user_data(path: &str) -> Result<UserData, SeedError> {
+    UserData::read(Path::new(path))
+}
+
+fn network_config(path: &str) -> Result<NetworkConfig, SeedError> {
+    NetworkConfig::read(Path::new(path))
+}
+
+impl Run {
+    /// A flag that only machines made from images have, if one is given.
+    pub fn image_flag(&self) -> Option<&'static str> {
+        let flags = [
+            (self.name.is_some(), "--name"),
+            (self.temporary, "--temporary"),
+            (self.disk_size.is_some(), "--disk-size"),
+            (self.hostname.is_some(), "--hostname"),
+            (!self.ssh_keys.is_empty(), "--ssh-key"),
+            (self.cloud_init.is_some(), "--cloud-init"),
+            (self.network_config.is_some(), "--network-config"),
+        ];
+        flags.into_iter().find(|(given, _)| *given).map(|(_, flag)| flag)
+    }
 }
 
 /// The values of `--engine`.
@@ -219,10 +313,19 @@ mod tests {
     fn plain_run_is_debian_with_512_mib_and_one_cpu_on_stdio() {
         let run = run(&["bv", "run"]);
         assert_eq!((run.guest, run.kernel, run.cmdline), (None, None, None));
-        assert_eq!((run.memory, run.cpus), (Bytes::mib(512), 1));
+        assert_eq!((run.memory, run.cpus), (None, 1));
         assert_eq!(run.cpu, CpuChoice::Host);
         assert_eq!((run.serial, run.engine), (SerialArg::Stdio, Engine::Auto));
         assert!(!run.no_reboot && !run.debug_exit);
+    }
+
+    #[test]
+    fn a_guest_is_an_image_by_its_name_and_a_disk_by_its_path() {
+        let guest = |text| run(&["bv", "run", text]).guest.unwrap();
+        assert_eq!(guest("hello"), GuestArg::Hello);
+        assert_eq!(guest("debian:12"), GuestArg::Image("debian:12".into()));
+        assert_eq!(guest("./a.qcow2"), GuestArg::Disk("./a.qcow2".into()));
+        assert!(Cli::try_parse_from(["bv", "run", "Debian 12"]).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod args;
 mod disk;
 mod disk_arg;
 mod doctor;
+mod machines;
 mod messages;
 mod progress;
 mod run;
@@ -19,6 +20,8 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(arguments) => run::run(*arguments),
         Command::Disk { command } => disk::run(&command),
+        Command::Ls => machines::list(),
+        Command::Rm { names } => machines::remove(&names),
         Command::Doctor => doctor::run(),
     }
 }

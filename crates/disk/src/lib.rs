@@ -19,6 +19,7 @@ mod error;
 pub mod file;
 pub mod format;
 mod lock;
+pub mod memory;
 pub mod overlay;
 pub mod qcow2;
 pub mod raw;
