@@ -1,6 +1,7 @@
 //! `bv run`.
 use crate::args::{Guest, Run, SerialArg, Switch};
 use crate::messages::{self, say};
+use crate::network::{self, NetworkError};
 use crate::progress::Bar;
 use crate::terminal::{self, RawMode};
 use ::disk::DiskError;
@@ -34,6 +35,8 @@ enum RunError {
     #[error("--disk")]
     Disk(#[from] DiskError),
     #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
     Machine(#[from] VmmError),
     #[error("the terminal cannot be prepared; use --serial none or redirect standard input")]
     Terminal(#[source] std::io::Error),
@@ -45,8 +48,13 @@ impl RunError {
     fn status(&self) -> u8 {
         match self {
             Self::Image(_) | Self::Boot(_) | Self::Disk(_) => BAD_INPUT,
+            Self::Network(error) if error.is_bad_input() => BAD_INPUT,
             Self::Machine(error) if error.is_bad_input() => BAD_INPUT,
-            Self::Machine(_) | Self::Engine(_) | Self::Terminal(_) | Self::Signals(_) => FAILED,
+            Self::Network(_)
+            | Self::Machine(_)
+            | Self::Engine(_)
+            | Self::Terminal(_)
+            | Self::Signals(_) => FAILED,
         }
     }
 }
@@ -85,6 +93,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     let keyboard = uses_keyboard(&arguments.serial);
     let disks = arguments.disks.iter().enumerate().map(|(number, disk)| disk.open(number));
     let disks = disks.collect::<Result<_, _>>()?;
+    let nics = network::cards(&arguments)?;
     let (boot, guest) = boot_source(&arguments)?;
     let config = MachineConfig {
         memory: arguments.memory,
@@ -94,7 +103,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
         serial: serial(&arguments.serial, keyboard),
         no_reboot: arguments.no_reboot,
         debug_exit: arguments.debug_exit,
-        devices: DeviceConfig { disks, rng: arguments.rng == Switch::On },
+        devices: DeviceConfig { disks, nics, rng: arguments.rng == Switch::On },
     };
     let machine = Machine::new(config, engine.as_ref())?;
     if keyboard {
