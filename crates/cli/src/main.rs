@@ -7,6 +7,7 @@ mod disk_arg;
 mod doctor;
 mod machines;
 mod messages;
+mod network;
 mod progress;
 mod run;
 mod terminal;

@@ -1,4 +1,5 @@
 //! Why `bv run` ends without an outcome of the guest.
+use crate::network::NetworkError;
 use ::disk::DiskError;
 use host::{HostError, NotAName};
 use image::seed::SeedError;
@@ -55,6 +56,9 @@ pub enum RunError {
     /// The image's disk cannot be opened.
     #[error("the machine's disk")]
     MachineDisk(#[source] DiskError),
+    /// The network cannot be had.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] VmmError),
@@ -71,6 +75,8 @@ impl RunError {
     pub fn status(&self) -> u8 {
         match self {
             Self::Machine(error) if error.is_bad_input() => BAD_INPUT,
+            Self::Network(error) if error.is_bad_input() => BAD_INPUT,
+            Self::Network(_) => FAILED,
             Self::Machine(_) | Self::Engine(_) | Self::Terminal(_) | Self::Signals(_) => FAILED,
             _ => BAD_INPUT,
         }

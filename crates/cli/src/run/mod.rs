@@ -4,6 +4,7 @@ mod system;
 
 use crate::args::{BalloonArg, GuestArg, Run, SerialArg, Switch};
 use crate::messages::{self, say};
+use crate::network;
 use crate::progress::Bar;
 use crate::terminal::{self, RawMode};
 use error::{FAILED, RunError};
@@ -105,6 +106,7 @@ fn devices(arguments: &Run) -> Result<DeviceConfig, RunError> {
     };
     Ok(DeviceConfig {
         disks: disks.collect::<Result<_, _>>()?,
+        nics: network::cards(arguments)?,
         rng: arguments.rng == Switch::On,
         shares: vmm::open_shares(&arguments.mounts)?,
         balloon,

@@ -1,8 +1,9 @@
 //! Back ends in memory.
+use ::net::{Network, Nic, Offload, Packet};
 use device::lock;
 use disk::{Disk, DiskError, Extent, ExtentKind, check_range};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// A disk in memory that can be told to fail.
 #[derive(Default)]
@@ -83,5 +84,40 @@ impl Disk for MemoryDisk {
     fn extent(&self, offset: u64, length: u64) -> Result<Extent, DiskError> {
         self.check(offset, length as usize)?;
         Ok(Extent { kind: ExtentKind::Data, length })
+    }
+}
+
+/// A network that remembers what the guest sends.
+#[derive(Default)]
+pub struct RecordingNetwork {
+    sent: Mutex<Vec<(Vec<u8>, Offload)>>,
+    nic: Mutex<Option<Arc<dyn Nic>>>,
+    rooms: AtomicUsize,
+}
+
+impl RecordingNetwork {
+    /// What was sent since the last call.
+    pub fn take_sent(&self) -> Vec<(Vec<u8>, Offload)> {
+        std::mem::take(&mut lock(&self.sent))
+    }
+    /// The card that is plugged in.
+    pub fn nic(&self) -> Option<Arc<dyn Nic>> {
+        lock(&self.nic).clone()
+    }
+    /// How often the card said since the last call that it has room.
+    pub fn take_rooms(&self) -> usize {
+        self.rooms.swap(0, Ordering::SeqCst)
+    }
+}
+
+impl Network for RecordingNetwork {
+    fn plug(&self, nic: Option<Arc<dyn Nic>>) {
+        *lock(&self.nic) = nic;
+    }
+    fn transmit(&self, packet: Packet<'_>) {
+        lock(&self.sent).push((packet.frame.to_vec(), packet.offload));
+    }
+    fn room(&self) {
+        self.rooms.fetch_add(1, Ordering::SeqCst);
     }
 }

@@ -3,7 +3,7 @@
 #![allow(clippy::expect_used)] // The lint's exception for tests does not know helpers.
 mod backends;
 
-pub use backends::MemoryDisk;
+pub use backends::{MemoryDisk, RecordingNetwork};
 
 use crate::queue::{Position, QueueAddresses};
 use crate::{Activation, Queue, Transport, VirtioDevice, feature};
