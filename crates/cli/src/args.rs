@@ -22,6 +22,9 @@ pub enum Command {
     Run(Box<Run>),
     /// Say what this machine offers to virtual machines, and what bv will use.
     Doctor,
+    /// List, get and remove the images that machines are made from.
+    #[command(subcommand)]
+    Image(ImageCommand),
 }
 
 const EXAMPLES: &str = "\
@@ -80,6 +83,69 @@ pub struct Run {
     /// Give the guest the debug-exit port 0xf4.
     #[arg(long)]
     pub debug_exit: bool,
+}
+
+const IMPORT_EXAMPLES: &str = "\
+Examples:
+  bv image import disk.qcow2 mine
+  bv image import disk.img mine:2 --format raw --kernel vmlinuz --cmdline 'root=/dev/vda1'";
+
+/// What `bv image` does.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// List the images that are here.
+    Ls {
+        /// List those that `bv image pull` can get instead.
+        #[arg(long)]
+        available: bool,
+    },
+    /// Get an image of the catalogue, unless it is here.
+    Pull {
+        /// The image, as debian:12.
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Get the newest, and let it take the name of the one that is here.
+        #[arg(long)]
+        update: bool,
+    },
+    /// Remove images, unless machines use them.
+    Rm {
+        /// The images.
+        #[arg(value_name = "NAME", required = true)]
+        names: Vec<image::Name>,
+    },
+    /// Copy a disk of yours into the images, under a new name.
+    Import(ImageImport),
+    /// Remove what no machine uses and no name leads to, and what was cut off.
+    Prune {
+        /// Remove images with names too, if no machine uses them.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+/// The flags of `bv image import`.
+#[derive(Debug, Args)]
+#[command(after_help = IMPORT_EXAMPLES)]
+pub struct ImageImport {
+    /// The disk.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// What to call it.
+    #[arg(value_name = "NAME")]
+    pub name: image::Name,
+    /// The disk's format, which a raw disk does not show: raw, qcow2, vmdk, vdi, vhd or vhdx.
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<image::Format>,
+    /// The kernel that boots it.
+    #[arg(long, value_name = "FILE", requires = "cmdline")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, which names the root file system, as root=/dev/vda1.
+    #[arg(long, value_name = "TEXT", requires = "kernel", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
 }
 
 /// The guests that `bv` carries in itself.

@@ -3,6 +3,7 @@
 
 mod args;
 mod doctor;
+mod images;
 mod messages;
 mod progress;
 mod run;
@@ -17,5 +18,6 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(arguments) => run::run(*arguments),
         Command::Doctor => doctor::run(),
+        Command::Image(command) => images::run(command),
     }
 }
