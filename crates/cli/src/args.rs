@@ -1,6 +1,7 @@
 //! The command line of `bv`.
 use crate::disk::DiskCommand;
 use crate::disk_arg::DiskArg;
+use crate::images::ImageCommand;
 use ::disk::Format;
 use ::net::HostForward;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -32,6 +33,9 @@ pub enum Command {
         #[command(subcommand)]
         command: DiskCommand,
     },
+    /// List, get and remove the images that machines are made from.
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// List the machines that were made from images.
     Ls,
     /// Remove machines, with their disks.

@@ -5,6 +5,7 @@ mod args;
 mod disk;
 mod disk_arg;
 mod doctor;
+mod images;
 mod machines;
 mod messages;
 mod network;
@@ -24,5 +25,6 @@ fn main() -> ExitCode {
         Command::Ls => machines::list(),
         Command::Rm { names } => machines::remove(&names),
         Command::Doctor => doctor::run(),
+        Command::Image(command) => images::run(command),
     }
 }

@@ -3,6 +3,10 @@ use crate::messages;
 use image::{Progress, Stage, Step};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
+use std::time::Duration;
+
+/// How often the bar moves while nothing is reported.
+const TICK: Duration = Duration::from_millis(200);
 
 /// Shows steps on standard error.
 #[derive(Debug, Default)]
@@ -19,11 +23,14 @@ impl Bar {
             messages::say(&step.stage.to_string());
             return;
         }
-        let bar = ProgressBar::new_spinner().with_style(style("{spinner} {msg}"));
+        let bar = ProgressBar::new_spinner().with_style(style("{spinner} {msg} {elapsed}"));
+        // Some stages report once and then take long.
+        bar.enable_steady_tick(TICK);
         self.bar = Some(bar.with_message(step.stage.to_string()));
     }
 
-    fn finish(&mut self) {
+    /// Takes the bar away, before something else is said.
+    pub fn finish(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
@@ -45,7 +52,11 @@ impl Progress for Bar {
             if let Some(total) = step.total
                 && bar.length() != Some(total)
             {
-                bar.set_style(style("{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}"));
+                bar.set_style(style(if step.stage.counts_bytes() {
+                    "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}"
+                } else {
+                    "{msg} [{bar:30}] {percent}%"
+                }));
                 bar.set_length(total);
             }
             bar.set_position(step.done);

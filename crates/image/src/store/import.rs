@@ -45,7 +45,7 @@ impl Store {
         progress: &mut dyn Progress,
     ) -> Result<Image, StoreError> {
         let path = &import.disk;
-        let failed = |source| StoreError::file(path, "read the disk", source);
+        let failed = |source| StoreError::Given { path: path.clone(), source };
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
@@ -80,7 +80,7 @@ impl Store {
 impl Boot {
     fn parts(&self) -> Result<Parts, StoreError> {
         let read = |path: &Path| {
-            fs::read(path).map_err(|source| StoreError::file(path, "read the file", source))
+            fs::read(path).map_err(|source| StoreError::Given { path: path.to_path_buf(), source })
         };
         Ok(Parts {
             kernel: Some(read(&self.kernel)?),

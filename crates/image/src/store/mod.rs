@@ -117,6 +117,15 @@ pub enum StoreError {
         /// The file.
         path: PathBuf,
     },
+    /// A file that the user named cannot be read.
+    #[error("{}: cannot read the file; check its path and rights", path.display())]
+    Given {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// The file system has no room.
     #[error(
         "{}: the disk is full; free about {} MB there (`bv image prune`), or set XDG_DATA_HOME \

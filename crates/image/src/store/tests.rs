@@ -92,7 +92,7 @@ fn a_disk_without_a_known_header_needs_its_format_said() {
     assert_eq!(image.format(), Format::Qcow2);
     import.disk = world.path("missing");
     let error = world.store.import(&import, &name, &mut Quiet).unwrap_err();
-    assert!(error.to_string().contains("missing: cannot read the disk"), "{error}");
+    assert!(error.to_string().contains("missing: cannot read the file"), "{error}");
     import.disk = world.folder.path().into();
     assert!(world.store.import(&import, &name, &mut Quiet).is_err());
     assert_eq!(world.folders().len(), 1);
