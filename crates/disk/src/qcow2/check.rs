@@ -4,12 +4,12 @@
 //! refcounts. Each table is read once however often it is referred to, holes are skipped, and
 //! memory is taken only for clusters that something refers to: the work is bounded by what the
 //! file really holds, whatever its numbers claim.
-use super::bytes::{be16, be32, be64};
 use super::entry::{COPIED, Mapping, table_offset};
 use super::header::{BITMAPS_VALID, Bitmaps, CORRUPT, DIRTY, Header};
 use super::info::snapshots;
-use super::{Qcow2, meta::Meta};
-use crate::{Access, DiskError, ExtentKind, FileOptions, ImageFile};
+use super::{Qcow2, meta::Meta, open_file};
+use crate::bytes::{be16, be32, be64};
+use crate::{Access, DiskError, ExtentKind, FileOptions, Store};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -65,7 +65,15 @@ impl Qcow2 {
         options: FileOptions,
     ) -> Result<CheckReport, DiskError> {
         let access = if repair == Repair::Nothing { Access::Read } else { Access::Write };
-        let image = Self::open_as_is(path, FileOptions { access, ..options }, None)?;
+        Self::check_in(open_file(path, FileOptions { access, ..options })?, repair)
+    }
+
+    /// Checks the image in a store, as [`Qcow2::check`] does that in a file.
+    ///
+    /// # Errors
+    /// As [`Qcow2::check`].
+    pub fn check_in(store: impl Store + 'static, repair: Repair) -> Result<CheckReport, DiskError> {
+        let image = Self::open_as_is(store, None)?;
         let before = image.inspect()?;
         if repair == Repair::Nothing {
             return Ok(before.report);
@@ -89,16 +97,16 @@ impl Qcow2 {
         let found = self.inspect()?;
         if let Some(what) = found.structural {
             self.mark(CORRUPT, true)?;
-            return Err(DiskError::Damaged { file: self.file.name(), what });
+            return Err(DiskError::Damaged { file: self.store.name(), what });
         }
         self.repair(&found, Repair::Everything)?;
         self.settle()
     }
 
     fn inspect(&self) -> Result<Findings, DiskError> {
-        let header = Header::read(&self.file)?;
+        let header = Header::read(&*self.store)?;
         let mut meta = self.meta();
-        let mut survey = Survey::new(&self.file, &header, &mut meta);
+        let mut survey = Survey::new(&*self.store, &header, &mut meta);
         survey.count_all(self.is_marked(DIRTY))?;
         survey.compare()
     }
@@ -113,13 +121,13 @@ impl Qcow2 {
                 }
                 meta.refcounts.protect_blocks();
                 for (cluster, count) in &found.too_low {
-                    meta.refcounts.set(&self.file, *cluster, *count)?;
+                    meta.refcounts.set(&*self.store, *cluster, *count)?;
                 }
                 for (index, entry) in &found.l1_flags {
                     meta.set_l1(*index, *entry);
                 }
                 for (place, entry) in &found.l2_flags {
-                    meta.set_l2(&self.file, *place, *entry)?;
+                    meta.set_l2(&*self.store, *place, *entry)?;
                 }
             }
             self.commit(true)?;
@@ -127,7 +135,7 @@ impl Qcow2 {
         {
             let mut meta = self.meta();
             for (cluster, count) in &found.too_high {
-                meta.refcounts.set(&self.file, *cluster, *count)?;
+                meta.refcounts.set(&*self.store, *cluster, *count)?;
             }
         }
         self.commit(true)
@@ -197,7 +205,7 @@ impl Counts {
 
 /// An inspection under way.
 struct Survey<'a> {
-    file: &'a ImageFile,
+    store: &'a dyn Store,
     header: &'a Header,
     meta: &'a mut Meta,
     counts: Counts,
@@ -207,9 +215,9 @@ struct Survey<'a> {
 }
 
 impl<'a> Survey<'a> {
-    fn new(file: &'a ImageFile, header: &'a Header, meta: &'a mut Meta) -> Self {
+    fn new(store: &'a dyn Store, header: &'a Header, meta: &'a mut Meta) -> Self {
         let (counts, l2_tables) = (Counts::default(), BTreeMap::new());
-        Self { file, header, meta, counts, l2_tables, found: Findings::default() }
+        Self { store, header, meta, counts, l2_tables, found: Findings::default() }
     }
 
     fn cluster_size(&self) -> u64 {
@@ -227,7 +235,7 @@ impl<'a> Survey<'a> {
         let l1 = l1.to_vec();
         self.count_range(l1_offset, l1.len() as u64 * 8, 1);
         self.count_l1("active L1 table", &l1);
-        let (snapshots, length) = snapshots(self.file, self.header)?;
+        let (snapshots, length) = snapshots(self.store, self.header)?;
         self.count_range(self.header.snapshots_offset, length, 1);
         for snapshot in snapshots {
             let bytes = u64::from(snapshot.l1_entries) * 8;
@@ -326,7 +334,7 @@ impl<'a> Survey<'a> {
             return Ok(Vec::new());
         }
         let mut table = vec![0; usize::try_from(bytes).unwrap_or(0)];
-        self.file.read_or_zero_at(offset, &mut table)?;
+        self.store.read_or_zero_at(offset, &mut table)?;
         let (entries, _) = table.as_chunks::<8>();
         Ok(entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect())
     }
@@ -335,7 +343,7 @@ impl<'a> Survey<'a> {
         if length == 0 {
             return Ok(true);
         }
-        let extent = self.file.extent(offset, length)?;
+        let extent = self.store.extent(offset, length)?;
         Ok(extent.kind == ExtentKind::Zero && extent.length == length)
     }
 
@@ -353,7 +361,7 @@ impl<'a> Survey<'a> {
         }
         self.count_range(bitmaps.directory_offset, bitmaps.directory_size, 1);
         let mut directory = vec![0; usize::try_from(bitmaps.directory_size).unwrap_or(0)];
-        self.file.read_or_zero_at(bitmaps.directory_offset, &mut directory)?;
+        self.store.read_or_zero_at(bitmaps.directory_offset, &mut directory)?;
         let mut rest = directory.as_slice();
         for _ in 0..bitmaps.count {
             // Offset and entries of the table, flags, type, granularity, lengths of name and more.
@@ -395,7 +403,7 @@ impl<'a> Survey<'a> {
             }
             for cluster in index as u64 * per_block..(index as u64 + 1) * per_block {
                 let (stored, counted) =
-                    (self.meta.refcounts.get(self.file, cluster)?, self.counts.get(cluster));
+                    (self.meta.refcounts.get(self.store, cluster)?, self.counts.get(cluster));
                 if stored > counted {
                     self.found.too_high.push((cluster, counted));
                     if counted == 0 {
@@ -418,7 +426,7 @@ impl<'a> Survey<'a> {
         for (cluster, count) in counted {
             // A block that is dropped for being unsound counts nothing.
             let stored =
-                self.meta.refcounts.get(self.file, cluster).or_else(|error| match error {
+                self.meta.refcounts.get(self.store, cluster).or_else(|error| match error {
                     DiskError::Damaged { .. } => Ok(0),
                     other => Err(other),
                 })?;

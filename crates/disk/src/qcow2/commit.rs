@@ -18,7 +18,7 @@ use super::header::DIRTY;
 use super::meta::Changes;
 use super::refcounts::{RefcountChanges, Run};
 use super::{Qcow2, Version};
-use crate::{DiskError, ImageFile};
+use crate::{DiskError, Store};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
@@ -33,13 +33,13 @@ impl Qcow2 {
             let mut meta = self.meta();
             if !meta.changed() {
                 drop((meta, marked_dirty));
-                return self.file.sync();
+                return self.store.sync();
             }
             // Whatever a table refers to must lie within the file. Under the lock no cluster is
             // taken, so that no write can be under way beyond the new end: it would be cut off.
             let end = meta.refcounts.end() << self.cluster_bits;
-            if self.file.size()? < end {
-                self.file.set_size(end)?;
+            if self.store.size()? < end {
+                self.store.set_size(end)?;
             }
             let with_refcounts = with_refcounts || !self.lazy_refcounts || meta.refcounts.crowded();
             meta.begin_writing(with_refcounts)
@@ -55,34 +55,34 @@ impl Qcow2 {
             self.mark(DIRTY, true)?;
             *marked_dirty = true;
         }
-        write_pages(&self.file, &changes.refcounts.pages)?;
-        self.file.sync()?;
+        write_pages(&*self.store, &changes.refcounts.pages)?;
+        self.store.sync()?;
         self.write_refcount_table(&changes.refcounts)?;
         if changes.l2.is_empty() && changes.l1.is_empty() {
             return Ok(());
         }
-        write_pages(&self.file, &changes.l2)?;
-        self.file.sync()?;
+        write_pages(&*self.store, &changes.l2)?;
+        self.store.sync()?;
         if !changes.l1.is_empty() {
-            write_fields(&self.file, &changes.l1)?;
-            self.file.sync()?;
+            write_fields(&*self.store, &changes.l1)?;
+            self.store.sync()?;
         }
         Ok(())
     }
 
     fn write_refcount_table(&self, changes: &RefcountChanges) -> Result<(), DiskError> {
         if !changes.fields.is_empty() {
-            write_fields(&self.file, &changes.fields)?;
-            self.file.sync()?;
+            write_fields(&*self.store, &changes.fields)?;
+            self.store.sync()?;
         }
         if let Some(moved) = &changes.moved {
-            self.file.write_at(moved.place.offset, &moved.bytes)?;
-            self.file.sync()?;
+            self.store.write_at(moved.place.offset, &moved.bytes)?;
+            self.store.sync()?;
             // Offset and clusters of the table are neighbours in the header.
             let mut field = moved.place.offset.to_be_bytes().to_vec();
             field.extend(moved.place.clusters.to_be_bytes());
-            self.file.write_at(48, &field)?;
-            self.file.sync()?;
+            self.store.write_at(48, &field)?;
+            self.store.sync()?;
         }
         Ok(())
     }
@@ -95,7 +95,7 @@ impl Qcow2 {
         // Wait for the requests that may have looked a cluster up before it was freed.
         drop(self.in_flight.write().unwrap_or_else(PoisonError::into_inner));
         self.decompressor.forget();
-        let unused = self.meta().about_to_be_free(&self.file, freed)?;
+        let unused = self.meta().about_to_be_free(&*self.store, freed)?;
         if let Err(error) = self.punch(&unused) {
             freed.iter().for_each(|run| self.meta().free_later(*run));
             return Err(error);
@@ -103,7 +103,7 @@ impl Qcow2 {
         for run in freed {
             for first in (run.first..run.end()).step_by(RELEASE_BATCH) {
                 let count = (run.end() - first).min(RELEASE_BATCH as u64);
-                self.meta().release(&self.file, &[Run { first, count }])?;
+                self.meta().release(&*self.store, &[Run { first, count }])?;
             }
         }
         Ok(())
@@ -114,7 +114,7 @@ impl Qcow2 {
         for run in clusters.chunk_by(|a, b| a + 1 == *b) {
             let Some(first) = run.first() else { continue };
             let length = (run.len() as u64) << self.cluster_bits;
-            self.file.discard(first << self.cluster_bits, length)?;
+            self.store.discard(first << self.cluster_bits, length)?;
         }
         Ok(())
     }
@@ -125,8 +125,8 @@ impl Qcow2 {
         let change = |bits: u64| if on { bits | bit } else { bits & !bit };
         let bits = self.incompatible.load(Ordering::SeqCst);
         if self.version == Version::V3 {
-            self.file.write_at(72, &change(bits).to_be_bytes())?;
-            self.file.sync()?;
+            self.store.write_at(72, &change(bits).to_be_bytes())?;
+            self.store.sync()?;
         }
         self.incompatible.store(change(bits), Ordering::SeqCst);
         Ok(())
@@ -149,14 +149,14 @@ impl Qcow2 {
     }
 }
 
-fn write_pages(file: &ImageFile, pages: &[(u64, Box<[u8]>)]) -> Result<(), DiskError> {
+fn write_pages(store: &dyn Store, pages: &[(u64, Box<[u8]>)]) -> Result<(), DiskError> {
     for neighbours in pages.chunk_by(|(a, bytes), (b, _)| a + bytes.len() as u64 == *b) {
         match neighbours {
-            [(offset, page)] => file.write_at(*offset, page)?,
+            [(offset, page)] => store.write_at(*offset, page)?,
             [(offset, _), ..] => {
                 let bytes: Vec<u8> =
                     neighbours.iter().flat_map(|(_, page)| page.iter().copied()).collect();
-                file.write_at(*offset, &bytes)?;
+                store.write_at(*offset, &bytes)?;
             }
             [] => {}
         }
@@ -164,6 +164,6 @@ fn write_pages(file: &ImageFile, pages: &[(u64, Box<[u8]>)]) -> Result<(), DiskE
     Ok(())
 }
 
-fn write_fields(file: &ImageFile, fields: &[(u64, u64)]) -> Result<(), DiskError> {
-    fields.iter().try_for_each(|(offset, value)| file.write_at(*offset, &value.to_be_bytes()))
+fn write_fields(store: &dyn Store, fields: &[(u64, u64)]) -> Result<(), DiskError> {
+    fields.iter().try_for_each(|(offset, value)| store.write_at(*offset, &value.to_be_bytes()))
 }

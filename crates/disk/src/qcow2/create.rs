@@ -1,11 +1,12 @@
 //! Making a new image.
 use super::Qcow2;
-use super::bytes::put;
 use super::header::{
     BackingName, CLUSTER_BITS, EXTENSION_BACKING_FORMAT, LAZY_REFCOUNTS, MAGIC, MAX_BACKING_NAME,
     MAX_L1_BYTES, V2_LENGTH, V3_LENGTH, Version, l1_entries_for,
 };
-use crate::{DiskError, FileOptions, ImageFile};
+use crate::bytes::put;
+use crate::create::new_file;
+use crate::{DiskError, FileOptions, Store};
 use std::path::Path;
 
 /// Bits of the refcounts of new images, as those of QEMU's, as a power of two.
@@ -96,55 +97,65 @@ impl Qcow2 {
     ///
     /// # Errors
     /// [`DiskError::Invalid`] where such an image cannot be, and those of [`ImageFile::create`].
+    ///
+    /// [`ImageFile::create`]: crate::ImageFile::create
     pub fn create(
         path: &Path,
         create: &CreateOptions,
         options: FileOptions,
     ) -> Result<(), DiskError> {
-        let invalid =
-            |problem: String| DiskError::Invalid { file: path.display().to_string(), problem };
-        let cluster_bits = create.cluster_size.trailing_zeros();
-        if !create.cluster_size.is_power_of_two() || !CLUSTER_BITS.contains(&cluster_bits) {
-            let asked = create.cluster_size;
-            return Err(invalid(format!(
-                "clusters cannot have {asked} bytes; choose a power of two from 512 to 2097152"
-            )));
-        }
-        if create.lazy_refcounts && create.version == Version::V2 {
-            return Err(invalid("lazy refcounts need version 3 of qcow2".to_owned()));
-        }
-        let size = create.size.checked_next_multiple_of(512).filter(|size| *size < 1 << 63);
-        let size = size.ok_or_else(|| invalid("the disk cannot be that large".to_owned()))?;
-        if l1_entries_for(size, cluster_bits) * 8 > MAX_L1_BYTES {
-            return Err(invalid(format!(
-                "a disk of {size} bytes needs larger clusters than {} bytes; choose up to 2097152",
-                create.cluster_size
-            )));
-        }
-        let layout = Layout::new(size, cluster_bits);
-        let header = header(create, size, &layout).map_err(invalid)?;
-        let file = ImageFile::create(path, options)?;
-        let written = write(&file, &layout, &header);
-        if written.is_err() {
-            // Half an image is of no use; what went wrong is what its user wants to hear.
-            let _ = std::fs::remove_file(path);
-        }
-        written
+        // Before there is a file.
+        let parts = plan(&path.display().to_string(), create)?;
+        new_file(path, options, |file| write(&file, &parts))
+    }
+
+    /// Makes a new image of an empty store, as [`Qcow2::create`] does of a file.
+    ///
+    /// # Errors
+    /// As [`Qcow2::create`].
+    pub fn create_in(store: &dyn Store, create: &CreateOptions) -> Result<(), DiskError> {
+        write(store, &plan(&store.name(), create)?)
     }
 }
 
-fn write(file: &ImageFile, layout: &Layout, header: &[u8]) -> Result<(), DiskError> {
-    file.set_size(layout.offset(layout.clusters()))?;
+/// Where things go in a new image, and its first bytes.
+fn plan(file: &str, create: &CreateOptions) -> Result<(Layout, Vec<u8>), DiskError> {
+    let invalid = |problem: String| DiskError::Invalid { file: file.to_owned(), problem };
+    let cluster_bits = create.cluster_size.trailing_zeros();
+    if !create.cluster_size.is_power_of_two() || !CLUSTER_BITS.contains(&cluster_bits) {
+        let asked = create.cluster_size;
+        return Err(invalid(format!(
+            "clusters cannot have {asked} bytes; choose a power of two from 512 to 2097152"
+        )));
+    }
+    if create.lazy_refcounts && create.version == Version::V2 {
+        return Err(invalid("lazy refcounts need version 3 of qcow2".to_owned()));
+    }
+    let size = create.size.checked_next_multiple_of(512).filter(|size| *size < 1 << 63);
+    let size = size.ok_or_else(|| invalid("the disk cannot be that large".to_owned()))?;
+    if l1_entries_for(size, cluster_bits) * 8 > MAX_L1_BYTES {
+        return Err(invalid(format!(
+            "a disk of {size} bytes needs larger clusters than {} bytes; choose up to 2097152",
+            create.cluster_size
+        )));
+    }
+    let layout = Layout::new(size, cluster_bits);
+    let header = header(create, size, &layout).map_err(invalid)?;
+    Ok((layout, header))
+}
+
+fn write(store: &dyn Store, (layout, header): &(Layout, Vec<u8>)) -> Result<(), DiskError> {
+    store.set_size(layout.offset(layout.clusters()))?;
     let first_block = layout.first_block() >> layout.cluster_bits;
     let table = (first_block..first_block + layout.blocks).map(|block| layout.offset(block));
     let table: Vec<u8> = table.flat_map(u64::to_be_bytes).collect();
-    file.write_at(layout.table(), &table)?;
+    store.write_at(layout.table(), &table)?;
     let ones = usize::try_from(layout.clusters()).unwrap_or(0);
-    file.write_at(layout.first_block(), &1_u16.to_be_bytes().repeat(ones))?;
+    store.write_at(layout.first_block(), &1_u16.to_be_bytes().repeat(ones))?;
     // The header last: before it, this is no image.
-    file.sync()?;
-    file.write_at(0, header)?;
-    file.sync()
+    store.sync()?;
+    store.write_at(0, header)?;
+    store.sync()
 }
 
 /// The first bytes of the image, or why there cannot be such an image.

@@ -1,7 +1,7 @@
 //! The header of a qcow2 image and its extensions (QEMU, `docs/interop/qcow2.txt`, "Header" and
 //! "Header extensions").
-use super::bytes::{be32, be64};
-use crate::{DiskError, ImageFile};
+use crate::bytes::{be32, be64};
+use crate::{DiskError, Store};
 
 /// "QFI" and 0xfb.
 pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -103,16 +103,16 @@ impl Header {
     }
 
     /// Reads and checks the header.
-    pub fn read(file: &ImageFile) -> Result<Self, DiskError> {
-        let damaged = |what: String| DiskError::Damaged { file: file.name(), what };
+    pub fn read(store: &dyn Store) -> Result<Self, DiskError> {
+        let damaged = |what: String| DiskError::Damaged { file: store.name(), what };
         let unsupported = |feature: &str| DiskError::Unsupported {
-            file: file.name(),
+            file: store.name(),
             feature: feature.to_owned(),
         };
         let mut fixed = [0; V3_LENGTH as usize];
-        file.read_or_zero_at(0, &mut fixed)?;
+        store.read_or_zero_at(0, &mut fixed)?;
         if !fixed.starts_with(&MAGIC) {
-            return Err(DiskError::NotThisFormat { file: file.name(), format: "qcow2" });
+            return Err(DiskError::NotThisFormat { file: store.name(), format: "qcow2" });
         }
         let version = match be32(&fixed, 4) {
             2 => Version::V2,
@@ -156,7 +156,7 @@ impl Header {
             }
         }
         let mut first_cluster = vec![0; 1 << cluster_bits];
-        file.read_or_zero_at(0, &mut first_cluster)?;
+        store.read_or_zero_at(0, &mut first_cluster)?;
         let extensions = Extensions::parse(&first_cluster, length, be64(&fixed, 8))
             .ok_or_else(|| damaged("its header extensions do not fit its first cluster".into()))?;
         header.refuse_unknown_features(&extensions.feature_names, &unsupported)?;
@@ -173,7 +173,7 @@ impl Header {
                 .ok_or_else(|| {
                     damaged("the name of its backing file is not in its header".into())
                 })?;
-        header.check_layout(file.size()?).map_err(damaged)?;
+        header.check_layout(store.size()?).map_err(damaged)?;
         Ok(header)
     }
 

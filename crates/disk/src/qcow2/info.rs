@@ -1,10 +1,10 @@
 //! What an image says of itself, and its internal snapshots (QEMU, `docs/interop/qcow2.txt`,
 //! "Snapshots").
-use super::bytes::{be16, be32, be64};
 use super::header::{BackingName, CORRUPT, Compression, DIRTY, Header, LAZY_REFCOUNTS, Version};
 use super::meta::Meta;
 use super::{Qcow2, header};
-use crate::{DiskError, FileOptions, ImageFile};
+use crate::bytes::{be16, be32, be64};
+use crate::{DiskError, FileOptions, ImageFile, Store};
 use std::path::Path;
 
 /// Largest snapshot table, in bytes, as in QEMU.
@@ -86,24 +86,24 @@ impl Qcow2 {
 
 /// The internal snapshots, and the bytes of their table.
 pub(super) fn snapshots(
-    file: &ImageFile,
+    store: &dyn Store,
     header: &Header,
 ) -> Result<(Vec<Snapshot>, u64), DiskError> {
-    let damaged = |what: &str| DiskError::Damaged { file: file.name(), what: what.to_owned() };
-    let file_size = file.size()?;
+    let damaged = |what: &str| DiskError::Damaged { file: store.name(), what: what.to_owned() };
+    let file_size = store.size()?;
     let mut found = Vec::new();
     let mut at = header.snapshots_offset;
     let mut l1_bytes = 0;
     for _ in 0..header.snapshots {
         let mut fixed = [0; FIXED as usize];
-        file.read_or_zero_at(at, &mut fixed)?;
+        store.read_or_zero_at(at, &mut fixed)?;
         let extra = be32(&fixed, 36);
         if extra > MAX_EXTRA {
             return Err(damaged("a snapshot has too much extra data"));
         }
         let (id, name) = (usize::from(be16(&fixed, 12)), usize::from(be16(&fixed, 14)));
         let mut rest = vec![0; extra as usize + id + name];
-        file.read_or_zero_at(at + FIXED, &mut rest)?;
+        store.read_or_zero_at(at + FIXED, &mut rest)?;
         let snapshot = parse(&fixed, &rest, extra as usize, id)
             .ok_or_else(|| damaged("an entry of the snapshot table is cut off"))?;
         at = (at + FIXED + rest.len() as u64).next_multiple_of(8);
@@ -143,11 +143,11 @@ fn parse(fixed: &[u8], rest: &[u8], extra: usize, id: usize) -> Option<Snapshot>
 
 /// Keeps what belongs to snapshots from being allocated because of wrong refcounts.
 pub(super) fn protect_snapshots(
-    file: &ImageFile,
+    store: &dyn Store,
     header: &Header,
     meta: &mut Meta,
 ) -> Result<(), DiskError> {
-    let (snapshots, length) = snapshots(file, header)?;
+    let (snapshots, length) = snapshots(store, header)?;
     meta.refcounts.protect(header.snapshots_offset, length);
     for snapshot in snapshots {
         meta.refcounts.protect(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8);

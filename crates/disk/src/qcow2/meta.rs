@@ -4,7 +4,7 @@ use super::entry::{COPIED, Mapping, table_offset};
 use super::header::Header;
 use super::refcounts::{RefcountChanges, Refcounts, Run};
 use super::table_cache::{CacheLimit, TableCache};
-use crate::{DiskError, ImageFile};
+use crate::{DiskError, Store};
 use std::collections::{BTreeSet, HashSet};
 
 /// Memory for L2 tables, in bytes; 16 MiB cover 128 GiB of the usual 64 KiB clusters.
@@ -38,12 +38,12 @@ pub(crate) struct Meta {
 }
 
 impl Meta {
-    pub fn load(file: &ImageFile, header: &Header) -> Result<Self, DiskError> {
+    pub fn load(store: &dyn Store, header: &Header) -> Result<Self, DiskError> {
         let mut bytes = vec![0; header.l1_entries as usize * 8];
-        file.read_or_zero_at(header.l1_offset, &mut bytes)?;
+        store.read_or_zero_at(header.l1_offset, &mut bytes)?;
         let (entries, _) = bytes.as_chunks::<8>();
         let l1: Vec<u64> = entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect();
-        let mut refcounts = Refcounts::load(file, header)?;
+        let mut refcounts = Refcounts::load(store, header)?;
         refcounts.protect(header.l1_offset, bytes.len() as u64);
         for entry in &l1 {
             if table_offset(*entry) != 0 {
@@ -81,7 +81,11 @@ impl Meta {
 
     /// The offset of the L2 table that maps a guest cluster, and whether it may be changed; `None`
     /// where there is no table.
-    pub fn l2_table(&self, file: &ImageFile, guest: u64) -> Result<Option<(u64, bool)>, DiskError> {
+    pub fn l2_table(
+        &self,
+        store: &dyn Store,
+        guest: u64,
+    ) -> Result<Option<(u64, bool)>, DiskError> {
         let index = guest / self.per_l2();
         let entry = usize::try_from(index).ok().and_then(|index| self.l1.get(index));
         let entry = entry.copied().unwrap_or(0);
@@ -92,24 +96,24 @@ impl Meta {
         let aligned = offset.is_multiple_of(self.cluster_size());
         if !aligned || offset >> self.cluster_bits >= self.refcounts.end() {
             let what = format!("the L2 table {index} is at {offset}, where none can be");
-            return Err(DiskError::Damaged { file: file.name(), what });
+            return Err(DiskError::Damaged { file: store.name(), what });
         }
         Ok(Some((offset, entry & COPIED != 0)))
     }
 
     /// Where a guest cluster is.
-    pub fn lookup(&mut self, file: &ImageFile, guest: u64) -> Result<Mapping, DiskError> {
-        let Some((table, _)) = self.l2_table(file, guest)? else {
+    pub fn lookup(&mut self, store: &dyn Store, guest: u64) -> Result<Mapping, DiskError> {
+        let Some((table, _)) = self.l2_table(store, guest)? else {
             return Ok(Mapping::Unallocated);
         };
-        let entry = self.l2.get64(file, table + guest % self.per_l2() * 8)?;
-        self.parse(file, guest, entry)
+        let entry = self.l2.get64(store, table + guest % self.per_l2() * 8)?;
+        self.parse(store, guest, entry)
     }
 
     /// What an entry says, checked against the file.
-    fn parse(&self, file: &ImageFile, guest: u64, entry: u64) -> Result<Mapping, DiskError> {
+    fn parse(&self, store: &dyn Store, guest: u64, entry: u64) -> Result<Mapping, DiskError> {
         let damaged = |why: &str| DiskError::Damaged {
-            file: file.name(),
+            file: store.name(),
             what: format!("the L2 entry of cluster {guest} ({entry:#x}) {why}"),
         };
         let mapping = Mapping::parse(entry, self.cluster_bits).map_err(damaged)?;
@@ -127,32 +131,32 @@ impl Meta {
     /// Whether a cluster may be overwritten where it is.
     pub fn in_place(
         &mut self,
-        file: &ImageFile,
+        store: &dyn Store,
         mapping: Mapping,
     ) -> Result<Option<u64>, DiskError> {
         let Mapping::Data { host, copied: true } = mapping else { return Ok(None) };
         let cluster = host >> self.cluster_bits;
-        if self.has_snapshots && self.refcounts.get(file, cluster)? != 1 {
+        if self.has_snapshots && self.refcounts.get(store, cluster)? != 1 {
             return Ok(None);
         }
         if self.refcounts.is_metadata(cluster) {
             let what = format!("guest data is mapped to {host}, where a table is");
-            return Err(DiskError::Damaged { file: file.name(), what });
+            return Err(DiskError::Damaged { file: store.name(), what });
         }
         Ok(Some(host))
     }
 
     /// The L2 table that maps a guest cluster, made or copied so that it may be changed.
-    fn own_l2_table(&mut self, file: &ImageFile, guest: u64) -> Result<u64, DiskError> {
-        let existing = self.l2_table(file, guest)?;
+    fn own_l2_table(&mut self, store: &dyn Store, guest: u64) -> Result<u64, DiskError> {
+        let existing = self.l2_table(store, guest)?;
         if let Some((table, true)) = existing {
             let shared =
-                self.has_snapshots && self.refcounts.get(file, table >> self.cluster_bits)? != 1;
+                self.has_snapshots && self.refcounts.get(store, table >> self.cluster_bits)? != 1;
             if !shared {
                 return Ok(table);
             }
         }
-        let (run, fresh) = self.refcounts.allocate(file, 1)?;
+        let (run, fresh) = self.refcounts.allocate(store, 1)?;
         let table = run.first << self.cluster_bits;
         self.refcounts.protect(table, self.cluster_size());
         let page = self.l2.page_size();
@@ -161,7 +165,7 @@ impl Meta {
             existing => {
                 for within in (0..self.cluster_size()).step_by(page as usize) {
                     let bytes = match existing {
-                        Some((old, _)) => self.l2.page(file, old + within)?.0.into(),
+                        Some((old, _)) => self.l2.page(store, old + within)?.0.into(),
                         None => vec![0; page as usize].into_boxed_slice(),
                     };
                     self.l2.insert(table + within, bytes);
@@ -185,26 +189,26 @@ impl Meta {
     }
 
     /// Changes an L2 entry as it is, without regard to what it said.
-    pub fn set_l2(&mut self, file: &ImageFile, place: u64, entry: u64) -> Result<(), DiskError> {
-        self.l2.set64(file, place, entry)
+    pub fn set_l2(&mut self, store: &dyn Store, place: u64, entry: u64) -> Result<(), DiskError> {
+        self.l2.set64(store, place, entry)
     }
 
     /// Sees to it that the L2 entries of a guest cluster's table can be changed, so that
     /// [`Meta::link`] cannot fail for want of a table.
-    pub fn prepare_link(&mut self, file: &ImageFile, guest: u64) -> Result<(), DiskError> {
-        self.own_l2_table(file, guest).map(drop)
+    pub fn prepare_link(&mut self, store: &dyn Store, guest: u64) -> Result<(), DiskError> {
+        self.own_l2_table(store, guest).map(drop)
     }
 
     /// Replaces a guest cluster's entry; what it referred to is to be freed.
-    pub fn link(&mut self, file: &ImageFile, guest: u64, entry: u64) -> Result<(), DiskError> {
-        let table = self.own_l2_table(file, guest)?;
+    pub fn link(&mut self, store: &dyn Store, guest: u64, entry: u64) -> Result<(), DiskError> {
+        let table = self.own_l2_table(store, guest)?;
         let place = table + guest % self.per_l2() * 8;
-        let former = self.l2.get64(file, place)?;
+        let former = self.l2.get64(store, place)?;
         if former == entry {
             return Ok(());
         }
-        let mapping = self.parse(file, guest, former)?;
-        self.l2.set64(file, place, entry)?;
+        let mapping = self.parse(store, guest, former)?;
+        self.l2.set64(store, place, entry)?;
         if let Some((first, count)) = mapping.host_clusters(self.cluster_bits) {
             self.free_later(Run { first, count });
         }
@@ -221,9 +225,9 @@ impl Meta {
     }
 
     /// Gives back clusters that no table ever referred to.
-    pub fn give_back(&mut self, file: &ImageFile, run: Run) -> Result<(), DiskError> {
+    pub fn give_back(&mut self, store: &dyn Store, run: Run) -> Result<(), DiskError> {
         for cluster in run.first..run.end() {
-            self.refcounts.set(file, cluster, 0)?;
+            self.refcounts.set(store, cluster, 0)?;
         }
         Ok(())
     }
@@ -282,7 +286,7 @@ impl Meta {
     /// Of clusters to be freed, those that nothing will refer to.
     pub fn about_to_be_free(
         &mut self,
-        file: &ImageFile,
+        store: &dyn Store,
         freed: &[Run],
     ) -> Result<Vec<u64>, DiskError> {
         let mut clusters: Vec<u64> = freed.iter().flat_map(|run| run.first..run.end()).collect();
@@ -290,7 +294,7 @@ impl Meta {
         let mut free = Vec::new();
         for same in clusters.chunk_by(|a, b| a == b) {
             if let Some(cluster) = same.first().copied()
-                && self.refcounts.get(file, cluster)? <= same.len() as u64
+                && self.refcounts.get(store, cluster)? <= same.len() as u64
             {
                 free.push(cluster);
             }
@@ -299,18 +303,18 @@ impl Meta {
     }
 
     /// Takes a reference from each of the clusters. From now on they may be allocated.
-    pub fn release(&mut self, file: &ImageFile, freed: &[Run]) -> Result<(), DiskError> {
+    pub fn release(&mut self, store: &dyn Store, freed: &[Run]) -> Result<(), DiskError> {
         for cluster in freed.iter().flat_map(|run| run.first..run.end()) {
-            let count = self.refcounts.get(file, cluster)?;
+            let count = self.refcounts.get(store, cluster)?;
             let Some(left) = count.checked_sub(1) else {
                 let what = format!("cluster {cluster} was in use with a refcount of 0");
-                return Err(DiskError::Damaged { file: file.name(), what });
+                return Err(DiskError::Damaged { file: store.name(), what });
             };
             if left == 0 {
                 self.refcounts.unprotect(cluster);
                 self.l2.forget(cluster << self.cluster_bits, self.cluster_size());
             }
-            self.refcounts.set(file, cluster, left)?;
+            self.refcounts.set(store, cluster, left)?;
         }
         Ok(())
     }

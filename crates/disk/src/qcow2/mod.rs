@@ -10,7 +10,6 @@
 //! invalid when an image is opened to write, as the specification asks of those who do not
 //! maintain them.
 
-mod bytes;
 mod check;
 mod commit;
 mod compressed;
@@ -32,7 +31,7 @@ pub use header::{BackingName, Compression, Version};
 pub use info::{Info, Snapshot};
 pub use resize::Shrink;
 
-use crate::{Disk, DiskError, Extent, FileOptions, ImageFile, check_range};
+use crate::{Disk, DiskError, Extent, FileOptions, ImageFile, Store, check_range};
 use compressed::Decompressor;
 use header::{CORRUPT, DIRTY, Header, LAZY_REFCOUNTS};
 use meta::Meta;
@@ -43,7 +42,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// An open qcow2 image.
 pub struct Qcow2 {
-    file: ImageFile,
+    store: Box<dyn Store>,
     backing: Option<Arc<dyn Disk>>,
     version: Version,
     cluster_bits: u32,
@@ -78,13 +77,24 @@ impl Qcow2 {
         options: FileOptions,
         find_backing: FindBacking<'_>,
     ) -> Result<Self, DiskError> {
-        let image = Self::open_as_is(path, options, Some(find_backing))?;
-        if image.file.read_only() {
+        Self::open_in(open_file(path, options)?, find_backing)
+    }
+
+    /// Opens the image in a store, as [`Qcow2::open`] does that in a file.
+    ///
+    /// # Errors
+    /// As [`Qcow2::open`].
+    pub fn open_in(
+        store: impl Store + 'static,
+        find_backing: FindBacking<'_>,
+    ) -> Result<Self, DiskError> {
+        let image = Self::open_as_is(store, Some(find_backing))?;
+        if image.store.read_only() {
             return Ok(image);
         }
         if image.is_marked(CORRUPT) {
             let what = "it was marked as corrupt and can only be read".to_owned();
-            return Err(DiskError::Damaged { file: image.file.name(), what });
+            return Err(DiskError::Damaged { file: image.store.name(), what });
         }
         if image.is_marked(DIRTY) {
             image.repair_after_crash()?;
@@ -95,26 +105,20 @@ impl Qcow2 {
     /// Opens an image whatever its header says of its state. Without `find_backing`, its backing
     /// file is left alone and reads as zeroes.
     fn open_as_is(
-        path: &Path,
-        options: FileOptions,
+        store: impl Store + 'static,
         find_backing: Option<FindBacking<'_>>,
     ) -> Result<Self, DiskError> {
-        let file = ImageFile::open(path, options)?;
-        let header = Header::read(&file)?;
-        if !file.read_only() && !file.is_regular() {
-            let problem = "qcow2 on a block device can only be read; use `--format raw` there";
-            return Err(DiskError::Invalid { file: file.name(), problem: problem.to_owned() });
-        }
+        let header = Header::read(&store)?;
         let backing = match (&header.backing, find_backing) {
             (Some(name), Some(find)) => Some(find(name)?),
             _ => None,
         };
-        let mut meta = Meta::load(&file, &header)?;
-        info::protect_snapshots(&file, &header, &mut meta)?;
-        if !file.read_only() && header.autoclear != 0 {
+        let mut meta = Meta::load(&store, &header)?;
+        info::protect_snapshots(&store, &header, &mut meta)?;
+        if !store.read_only() && header.autoclear != 0 {
             // What Bivisor does not maintain must not be trusted by others any more.
-            file.write_at(88, &0_u64.to_be_bytes())?;
-            file.sync()?;
+            store.write_at(88, &0_u64.to_be_bytes())?;
+            store.sync()?;
         }
         Ok(Self {
             backing,
@@ -128,7 +132,7 @@ impl Qcow2 {
             meta: Mutex::new(meta),
             moved: Condvar::new(),
             decompressor: Decompressor::new(header.compression, header.cluster_size()),
-            file,
+            store: Box::new(store),
         })
     }
 
@@ -153,12 +157,12 @@ impl Qcow2 {
     /// Whether a request to change something may proceed.
     fn check_change(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         check_range(offset, length, self.size)?;
-        if self.file.read_only() {
+        if self.store.read_only() {
             return Err(DiskError::ReadOnly);
         }
         if self.is_marked(CORRUPT) {
             let what = "metadata that contradicts itself was found while it was in use".to_owned();
-            return Err(DiskError::Damaged { file: self.file.name(), what });
+            return Err(DiskError::Damaged { file: self.store.name(), what });
         }
         Ok(())
     }
@@ -168,7 +172,7 @@ impl Qcow2 {
     fn watch<T>(&self, result: Result<T, DiskError>) -> Result<T, DiskError> {
         // Damage may also be in a backing file, which was read for a part of a cluster.
         let damaged =
-            matches!(&result, Err(DiskError::Damaged { file, .. }) if *file == self.file.name());
+            matches!(&result, Err(DiskError::Damaged { file, .. }) if *file == self.store.name());
         if damaged && !self.is_marked(CORRUPT) {
             self.mark(CORRUPT, true)?;
         }
@@ -181,13 +185,23 @@ impl Qcow2 {
     }
 }
 
+/// Opens an image's file. Only one that grows when it is written beyond its end can be written to.
+fn open_file(path: &Path, options: FileOptions) -> Result<ImageFile, DiskError> {
+    let file = ImageFile::open(path, options)?;
+    if file.read_only() || file.is_regular() {
+        return Ok(file);
+    }
+    let problem = "qcow2 on a block device can only be read; use `--format raw` there";
+    Err(DiskError::Invalid { file: file.name(), problem: problem.to_owned() })
+}
+
 impl Disk for Qcow2 {
     fn size(&self) -> u64 {
         self.size
     }
 
     fn read_only(&self) -> bool {
-        self.file.read_only()
+        self.store.read_only()
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), DiskError> {
@@ -201,7 +215,7 @@ impl Disk for Qcow2 {
     }
 
     fn flush(&self) -> Result<(), DiskError> {
-        if self.file.read_only() {
+        if self.store.read_only() {
             return Ok(());
         }
         self.watch(self.commit(false))
@@ -231,7 +245,7 @@ impl Drop for Qcow2 {
     /// Closes the image. What was flushed is durable anyway; if this fails, the next one to open
     /// the image finds the mark of its use and repairs the refcounts.
     fn drop(&mut self) {
-        if !self.file.read_only() && !self.is_marked(CORRUPT) {
+        if !self.store.read_only() && !self.is_marked(CORRUPT) {
             let _ = self.settle();
         }
     }
@@ -239,7 +253,8 @@ impl Drop for Qcow2 {
 
 impl fmt::Debug for Qcow2 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { file, version, cluster_bits, size, .. } = self;
-        write!(f, "Qcow2({file:?}, {version:?}, {cluster_bits} cluster bits, {size} bytes)")
+        let Self { version, cluster_bits, size, .. } = self;
+        let name = self.store.name();
+        write!(f, "Qcow2({name}, {version:?}, {cluster_bits} cluster bits, {size} bytes)")
     }
 }

@@ -35,11 +35,11 @@ impl Qcow2 {
         let guest = offset >> self.cluster_bits;
         let end = offset.saturating_add(length);
         let mut meta = self.meta();
-        let mapping = meta.lookup(&self.file, guest)?;
+        let mapping = meta.lookup(&*self.store, guest)?;
         let mut reached = (guest + 1) << self.cluster_bits;
         let mut count = 1;
         while reached < end && count < MOST_AT_ONCE {
-            let next = meta.lookup(&self.file, guest + count)?;
+            let next = meta.lookup(&*self.store, guest + count)?;
             let continues = match (mapping, next) {
                 (Mapping::Unallocated, Mapping::Unallocated)
                 | (Mapping::Zero { .. }, Mapping::Zero { .. }) => true,
@@ -69,7 +69,7 @@ impl Qcow2 {
         match mapping {
             Mapping::Zero { .. } => buffer.fill(0),
             Mapping::Unallocated => self.read_backing(offset, buffer)?,
-            Mapping::Data { host, .. } => self.file.read_or_zero_at(host + within, buffer)?,
+            Mapping::Data { host, .. } => self.store.read_or_zero_at(host + within, buffer)?,
             Mapping::Compressed { host, length } => {
                 let cluster = self.decompress(host, length)?;
                 let start = usize::try_from(within).unwrap_or(usize::MAX);
@@ -81,9 +81,9 @@ impl Qcow2 {
     }
 
     fn decompress(&self, host: u64, length: u64) -> Result<Arc<[u8]>, DiskError> {
-        self.decompressor.cluster(host, &|| self.file.name(), || {
+        self.decompressor.cluster(host, &|| self.store.name(), || {
             let mut compressed = vec![0; usize::try_from(length).unwrap_or(0)];
-            self.file.read_or_zero_at(host, &mut compressed)?;
+            self.store.read_or_zero_at(host, &mut compressed)?;
             Ok(compressed)
         })
     }
@@ -110,7 +110,7 @@ impl Qcow2 {
             Mapping::Data { host, .. } => {
                 // It may have been set aside and never written.
                 let within = offset & (self.cluster_size() - 1);
-                self.file.extent(host + within, stretch.length)
+                self.store.extent(host + within, stretch.length)
             }
             Mapping::Unallocated => match &self.backing {
                 Some(backing) if offset < backing.size() => {

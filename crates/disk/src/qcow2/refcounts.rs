@@ -4,10 +4,10 @@
 //! All changes stay in memory until [`super::commit`] writes them. New refcount blocks, and a
 //! larger table, always go to the file's end: what lies there is free whatever damaged refcounts
 //! say.
-use super::bytes::be64;
 use super::header::{Header, MAX_REFCOUNT_TABLE_BYTES};
 use super::table_cache::{CacheLimit, TableCache};
-use crate::{DiskError, ImageFile};
+use crate::bytes::be64;
+use crate::{DiskError, Store};
 use std::collections::{BTreeSet, HashSet};
 
 /// Memory for refcount blocks, in bytes; 4 MiB cover 128 GiB of the usual 64 KiB clusters.
@@ -63,7 +63,7 @@ pub(crate) struct Refcounts {
 }
 
 impl Refcounts {
-    pub fn load(file: &ImageFile, header: &Header) -> Result<Self, DiskError> {
+    pub fn load(store: &dyn Store, header: &Header) -> Result<Self, DiskError> {
         let cluster_size = header.cluster_size();
         let place = TablePlace {
             offset: header.refcount_table_offset,
@@ -71,10 +71,10 @@ impl Refcounts {
         };
         let length = u64::from(place.clusters) * cluster_size;
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-        file.read_or_zero_at(place.offset, &mut bytes)?;
+        store.read_or_zero_at(place.offset, &mut bytes)?;
         let (entries, _) = bytes.as_chunks::<8>();
         let table: Vec<u64> = entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect();
-        let end = file.size()?.div_ceil(cluster_size);
+        let end = store.size()?.div_ceil(cluster_size);
         let mut refcounts = Self {
             order: header.refcount_order,
             cluster_bits: header.cluster_bits,
@@ -156,14 +156,14 @@ impl Refcounts {
     }
 
     /// The offset of the block that counts a cluster, if there is one.
-    fn block(&self, file: &ImageFile, cluster: u64) -> Result<Option<u64>, DiskError> {
+    fn block(&self, store: &dyn Store, cluster: u64) -> Result<Option<u64>, DiskError> {
         let offset = self.table.get(self.block_of(cluster)).copied().unwrap_or(0);
         if offset == 0 {
             return Ok(None);
         }
         if !self.is_sound_block(offset) {
             let what = format!("a refcount block is at {offset}, where none can be");
-            return Err(DiskError::Damaged { file: file.name(), what });
+            return Err(DiskError::Damaged { file: store.name(), what });
         }
         Ok(Some(offset))
     }
@@ -174,28 +174,28 @@ impl Refcounts {
     }
 
     /// How often a cluster is used.
-    pub fn get(&mut self, file: &ImageFile, cluster: u64) -> Result<u64, DiskError> {
-        let Some(block) = self.block(file, cluster)? else { return Ok(0) };
+    pub fn get(&mut self, store: &dyn Store, cluster: u64) -> Result<u64, DiskError> {
+        let Some(block) = self.block(store, cluster)? else { return Ok(0) };
         let index = cluster & (self.per_block() - 1);
-        let (page, at) = self.blocks.page(file, block + byte_of(index, self.order))?;
+        let (page, at) = self.blocks.page(store, block + byte_of(index, self.order))?;
         Ok(read_count(page.get(at..).unwrap_or_default(), index, self.order))
     }
 
     /// Sets how often a cluster is used.
-    pub fn set(&mut self, file: &ImageFile, cluster: u64, count: u64) -> Result<(), DiskError> {
+    pub fn set(&mut self, store: &dyn Store, cluster: u64, count: u64) -> Result<(), DiskError> {
         if self.order < 6 && count >> (1 << self.order) != 0 {
             let bits = 1 << self.order;
             let what =
                 format!("a cluster is used {count} times, and its refcounts have {bits} bits");
-            return Err(DiskError::Damaged { file: file.name(), what });
+            return Err(DiskError::Damaged { file: store.name(), what });
         }
-        let block = match self.block(file, cluster)? {
+        let block = match self.block(store, cluster)? {
             Some(block) => block,
-            None => self.make_block(file, self.block_of(cluster))?,
+            None => self.make_block(store, self.block_of(cluster))?,
         };
         let order = self.order;
         let index = cluster & (self.per_block() - 1);
-        self.blocks.change(file, block + byte_of(index, order), |page, at| {
+        self.blocks.change(store, block + byte_of(index, order), |page, at| {
             write_count(page.get_mut(at..).unwrap_or_default(), index, order, count);
         })?;
         if count == 0 {
@@ -206,12 +206,12 @@ impl Refcounts {
 
     /// Takes up to `count` free clusters that follow each other, at least one. They read as
     /// zeroes if the second result is true.
-    pub fn allocate(&mut self, file: &ImageFile, count: u64) -> Result<(Run, bool), DiskError> {
+    pub fn allocate(&mut self, store: &dyn Store, count: u64) -> Result<(Run, bool), DiskError> {
         if !self.sound {
             let what = "its refcount table names impossible blocks".to_owned();
-            return Err(DiskError::Damaged { file: file.name(), what });
+            return Err(DiskError::Damaged { file: store.name(), what });
         }
-        let first = self.first_free(file)?;
+        let first = self.first_free(store)?;
         let mut run = Run { first, count: 0 };
         let fresh = first >= self.end;
         let before = self.end;
@@ -220,16 +220,16 @@ impl Refcounts {
             // Fresh clusters and used ones do not mix, so that one word says what they hold; and a
             // block that is made for the next cluster would take that very place.
             let fits = run.count == 0 || (next >= before) == (first >= before);
-            let counted = self.block(file, next)?.is_some();
-            if !fits || !counted || self.get(file, next)? != 0 {
+            let counted = self.block(store, next)?.is_some();
+            if !fits || !counted || self.get(store, next)? != 0 {
                 break;
             }
             if self.is_metadata(next) {
                 let what =
                     format!("cluster {next} holds a table, and its refcount says it is free");
-                return Err(DiskError::Damaged { file: file.name(), what });
+                return Err(DiskError::Damaged { file: store.name(), what });
             }
-            self.set(file, next, 1)?;
+            self.set(store, next, 1)?;
             run.count += 1;
         }
         self.end = self.end.max(run.end());
@@ -238,20 +238,20 @@ impl Refcounts {
     }
 
     /// The first free cluster, which has a block that counts it.
-    fn first_free(&mut self, file: &ImageFile) -> Result<u64, DiskError> {
+    fn first_free(&mut self, store: &dyn Store) -> Result<u64, DiskError> {
         let mut cluster = self.hint;
         loop {
             if cluster >= END_OF_OFFSETS >> self.cluster_bits {
                 let problem = "the image file cannot grow any further".to_owned();
-                return Err(DiskError::Invalid { file: file.name(), problem });
+                return Err(DiskError::Invalid { file: store.name(), problem });
             }
-            let Some(block) = self.block(file, cluster)? else {
-                self.make_block(file, self.block_of(cluster))?;
+            let Some(block) = self.block(store, cluster)? else {
+                self.make_block(store, self.block_of(cluster))?;
                 continue;
             };
             let order = self.order;
             let index = cluster & (self.per_block() - 1);
-            let (page, at) = self.blocks.page(file, block + byte_of(index, order))?;
+            let (page, at) = self.blocks.page(store, block + byte_of(index, order))?;
             // Counts from here to the page's end, which is no later than the block's.
             let left = ((page.len() - at) as u64 * 8) >> order;
             let left = left - (index & sub_byte_mask(order));
@@ -273,16 +273,16 @@ impl Refcounts {
     }
 
     /// Makes the refcount block for table entry `index`, at the file's end; its offset.
-    fn make_block(&mut self, file: &ImageFile, index: usize) -> Result<u64, DiskError> {
-        self.grow_table(file, index)?;
+    fn make_block(&mut self, store: &dyn Store, index: usize) -> Result<u64, DiskError> {
+        self.grow_table(store, index)?;
         // The new block is counted by one that must be there; that may be itself.
         let home = loop {
             let home = self.block_of(self.end);
-            self.grow_table(file, home)?;
+            self.grow_table(store, home)?;
             if home == index || self.table.get(home).is_some_and(|block| *block != 0) {
                 break self.end;
             }
-            self.make_block(file, home)?;
+            self.make_block(store, home)?;
         };
         // Growing the table may have made the block meanwhile.
         if let Some(block) = self.table.get(index).copied().filter(|block| *block != 0) {
@@ -292,7 +292,7 @@ impl Refcounts {
         self.end = home + 1;
         self.metadata.insert(home);
         self.set_entry(index, offset);
-        self.set(file, home, 1)?;
+        self.set(store, home, 1)?;
         Ok(offset)
     }
 
@@ -309,7 +309,7 @@ impl Refcounts {
     }
 
     /// Sees to it that the table has an entry `index`.
-    fn grow_table(&mut self, file: &ImageFile, index: usize) -> Result<(), DiskError> {
+    fn grow_table(&mut self, store: &dyn Store, index: usize) -> Result<(), DiskError> {
         if index < self.table.len() {
             return Ok(());
         }
@@ -318,7 +318,7 @@ impl Refcounts {
         let bytes = wanted.next_multiple_of(cluster_size);
         if bytes > MAX_REFCOUNT_TABLE_BYTES.max(cluster_size) {
             let problem = "the image file cannot grow any further; convert it to larger clusters";
-            return Err(DiskError::Invalid { file: file.name(), problem: problem.to_owned() });
+            return Err(DiskError::Invalid { file: store.name(), problem: problem.to_owned() });
         }
         self.table.resize(usize::try_from(bytes / 8).unwrap_or(0), 0);
         let former = self.moving_to.unwrap_or(self.place);
@@ -331,16 +331,16 @@ impl Refcounts {
         self.protect(offset, bytes);
         let clusters = u32::try_from(count).unwrap_or(u32::MAX);
         self.moving_to = Some(TablePlace { offset, clusters });
-        self.allocate_at_end(file, count)?;
+        self.allocate_at_end(store, count)?;
         Ok(())
     }
 
     /// Takes `count` clusters at the file's end.
-    pub fn allocate_at_end(&mut self, file: &ImageFile, count: u64) -> Result<Run, DiskError> {
+    pub fn allocate_at_end(&mut self, store: &dyn Store, count: u64) -> Result<Run, DiskError> {
         let run = Run { first: self.end, count };
         self.end = run.end();
         for cluster in run.first..run.end() {
-            self.set(file, cluster, 1)?;
+            self.set(store, cluster, 1)?;
         }
         Ok(run)
     }

@@ -20,7 +20,7 @@ impl Qcow2 {
     /// otherwise as [`Disk::write_at`].
     pub fn resize(&mut self, size: u64, shrink: Shrink) -> Result<(), DiskError> {
         self.check_change(0, 0)?;
-        let invalid = |problem: String| DiskError::Invalid { file: self.file.name(), problem };
+        let invalid = |problem: String| DiskError::Invalid { file: self.store.name(), problem };
         let size = size.checked_next_multiple_of(512).filter(|size| *size < 1 << 63);
         let size = size.ok_or_else(|| invalid("the disk cannot be that large".to_owned()))?;
         let former = self.size;
@@ -64,7 +64,7 @@ impl Qcow2 {
         let needed = l1_entries_for(size, self.cluster_bits);
         if needed * 8 > MAX_L1_BYTES {
             let problem = format!("{size} bytes need larger clusters; convert the image to those");
-            return Err(DiskError::Invalid { file: self.file.name(), problem });
+            return Err(DiskError::Invalid { file: self.store.name(), problem });
         }
         let needed = usize::try_from(needed).unwrap_or(0);
         let (mut l1, former_offset) = {
@@ -77,16 +77,16 @@ impl Qcow2 {
             l1.resize(needed, 0);
             self.commit(true)?;
             let clusters = (needed as u64 * 8).div_ceil(self.cluster_size());
-            let run = self.meta().refcounts.allocate_at_end(&self.file, clusters)?;
+            let run = self.meta().refcounts.allocate_at_end(&*self.store, clusters)?;
             let offset = run.first << self.cluster_bits;
             let bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-            self.file.write_at(offset, &bytes)?;
+            self.store.write_at(offset, &bytes)?;
             self.commit(true)?;
             // Number of entries and offset are neighbours in the header.
             let mut field = u32::try_from(needed).unwrap_or(u32::MAX).to_be_bytes().to_vec();
             field.extend(offset.to_be_bytes());
-            self.file.write_at(36, &field)?;
-            self.file.sync()?;
+            self.store.write_at(36, &field)?;
+            self.store.sync()?;
             let mut meta = self.meta();
             meta.replace_l1(l1, offset);
             let former_clusters = (former_entries as u64 * 8).div_ceil(self.cluster_size());
@@ -108,8 +108,8 @@ impl Qcow2 {
     }
 
     fn set_size_field(&mut self, size: u64) -> Result<(), DiskError> {
-        self.file.write_at(24, &size.to_be_bytes())?;
-        self.file.sync()?;
+        self.store.write_at(24, &size.to_be_bytes())?;
+        self.store.sync()?;
         self.size = size;
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! A bounded cache of pages of L2 tables or refcount blocks, which holds what was changed until it
 //! is written in an order that survives a crash (see [`super::commit`]).
-use super::bytes::{be64, put};
-use crate::{DiskError, ImageFile};
+use crate::bytes::{be64, put};
+use crate::{DiskError, Store};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -61,30 +61,30 @@ impl TableCache {
 
     /// The page that holds the byte at `offset`, and where that byte is in it. Beyond the file's
     /// end are zeroes.
-    pub fn page(&mut self, file: &ImageFile, offset: u64) -> Result<(&[u8], usize), DiskError> {
-        let (page, within) = self.load(file, offset)?;
+    pub fn page(&mut self, store: &dyn Store, offset: u64) -> Result<(&[u8], usize), DiskError> {
+        let (page, within) = self.load(store, offset)?;
         Ok((&page.bytes, within))
     }
 
     /// The big-endian number at `offset`, which is aligned.
-    pub fn get64(&mut self, file: &ImageFile, offset: u64) -> Result<u64, DiskError> {
-        let (page, within) = self.load(file, offset)?;
+    pub fn get64(&mut self, store: &dyn Store, offset: u64) -> Result<u64, DiskError> {
+        let (page, within) = self.load(store, offset)?;
         Ok(be64(&page.bytes, within))
     }
 
     /// Changes the big-endian number at `offset`, which is aligned.
-    pub fn set64(&mut self, file: &ImageFile, offset: u64, value: u64) -> Result<(), DiskError> {
-        self.change(file, offset, |bytes, at| put(bytes, at, &value.to_be_bytes()))
+    pub fn set64(&mut self, store: &dyn Store, offset: u64, value: u64) -> Result<(), DiskError> {
+        self.change(store, offset, |bytes, at| put(bytes, at, &value.to_be_bytes()))
     }
 
     /// Changes the page that holds the byte at `offset`; `change` gets it and where the byte is.
     pub fn change(
         &mut self,
-        file: &ImageFile,
+        store: &dyn Store,
         offset: u64,
         change: impl FnOnce(&mut [u8], usize),
     ) -> Result<(), DiskError> {
-        let (page, within) = self.load(file, offset)?;
+        let (page, within) = self.load(store, offset)?;
         change(&mut page.bytes, within);
         page.state = State::Dirty;
         self.dirty.insert(offset - within as u64);
@@ -147,7 +147,7 @@ impl TableCache {
         }
     }
 
-    fn load(&mut self, file: &ImageFile, offset: u64) -> Result<(&mut Page, usize), DiskError> {
+    fn load(&mut self, store: &dyn Store, offset: u64) -> Result<(&mut Page, usize), DiskError> {
         let start = offset - offset % self.page_size;
         let within = usize::try_from(offset - start).unwrap_or(0);
         if !self.pages.contains_key(&start) {
@@ -158,7 +158,7 @@ impl TableCache {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
                 let mut bytes = vec![0; usize::try_from(self.page_size).unwrap_or(0)];
-                file.read_or_zero_at(start, &mut bytes)?;
+                store.read_or_zero_at(start, &mut bytes)?;
                 let bytes = bytes.into_boxed_slice();
                 entry.insert(Page { bytes, state: State::Clean, used: false })
             }

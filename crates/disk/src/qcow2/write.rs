@@ -42,7 +42,7 @@ impl Qcow2 {
             let length = match self.next_step(meta, offset, rest.len() as u64)? {
                 Step::InPlace { host, length } => {
                     let now = usize::try_from(length).unwrap_or(usize::MAX).min(rest.len());
-                    self.file.write_at(host, rest.get(..now).unwrap_or_default())?;
+                    self.store.write_at(host, rest.get(..now).unwrap_or_default())?;
                     now
                 }
                 Step::Move(work) => {
@@ -73,12 +73,12 @@ impl Qcow2 {
         }
         let within = offset & (self.cluster_size() - 1);
         let clusters = (within + length).div_ceil(self.cluster_size()).min(MOST_AT_ONCE);
-        let first = meta.lookup(&self.file, guest)?;
-        if let Some(host) = meta.in_place(&self.file, first)? {
+        let first = meta.lookup(&*self.store, guest)?;
+        if let Some(host) = meta.in_place(&*self.store, first)? {
             let mut count = 1;
             while count < clusters && !meta.moving.contains(&(guest + count)) {
-                let next = meta.lookup(&self.file, guest + count)?;
-                if meta.in_place(&self.file, next)? != Some(host + count * self.cluster_size()) {
+                let next = meta.lookup(&*self.store, guest + count)?;
+                if meta.in_place(&*self.store, next)? != Some(host + count * self.cluster_size()) {
                     break;
                 }
                 count += 1;
@@ -91,17 +91,17 @@ impl Qcow2 {
         let mut count = 1;
         let mut last = first;
         while count < clusters && !meta.moving.contains(&(guest + count)) {
-            let next = meta.lookup(&self.file, guest + count)?;
-            if meta.in_place(&self.file, next)?.is_some() {
+            let next = meta.lookup(&*self.store, guest + count)?;
+            if meta.in_place(&*self.store, next)?.is_some() {
                 break;
             }
             last = next;
             count += 1;
         }
-        meta.prepare_link(&self.file, guest)?;
-        let (to, fresh) = meta.refcounts.allocate(&self.file, count)?;
+        meta.prepare_link(&*self.store, guest)?;
+        let (to, fresh) = meta.refcounts.allocate(&*self.store, count)?;
         if to.count < count {
-            last = meta.lookup(&self.file, guest + to.count - 1)?;
+            last = meta.lookup(&*self.store, guest + to.count - 1)?;
         }
         meta.moving.extend(guest..guest + to.count);
         Ok(Step::Move(Move { guest, to, fresh, first, last }))
@@ -119,7 +119,7 @@ impl Qcow2 {
         let mut meta = self.meta();
         let linked = match filled {
             Ok(()) => self.link_all(&mut meta, work),
-            Err(error) => meta.give_back(&self.file, work.to).and(Err(error)),
+            Err(error) => meta.give_back(&*self.store, work.to).and(Err(error)),
         };
         for guest in work.guest..work.guest + work.to.count {
             meta.moving.remove(&guest);
@@ -132,7 +132,7 @@ impl Qcow2 {
     fn link_all(&self, meta: &mut Meta, work: &Move) -> Result<(), DiskError> {
         for index in 0..work.to.count {
             let host = (work.to.first + index) << self.cluster_bits;
-            meta.link(&self.file, work.guest + index, host | COPIED)?;
+            meta.link(&*self.store, work.guest + index, host | COPIED)?;
         }
         Ok(())
     }
@@ -144,7 +144,7 @@ impl Qcow2 {
         let host = work.to.first << self.cluster_bits;
         let data_end = offset + data.len() as u64;
         self.keep(work.first, work.fresh, start..offset, host)?;
-        self.file.write_at(host + (offset - start), data)?;
+        self.store.write_at(host + (offset - start), data)?;
         self.keep(work.last, work.fresh, data_end..end, host + (data_end - start))
     }
 
@@ -168,6 +168,6 @@ impl Qcow2 {
         }
         let mut kept = vec![0; usize::try_from(part.end - part.start).unwrap_or(0)];
         self.read_mapping(mapping, part.start, &mut kept)?;
-        self.file.write_at(to, &kept)
+        self.store.write_at(to, &kept)
     }
 }

@@ -82,7 +82,7 @@ impl Qcow2 {
             let per_l2 = meta.per_l2();
             let end_of_table = guest - guest % per_l2 + per_l2;
             // Nothing is here, and nothing is to be hidden.
-            let nothing = meta.l2_table(&self.file, guest)?.is_none()
+            let nothing = meta.l2_table(&*self.store, guest)?.is_none()
                 && (aim == Aim::Discard || !self.shows_backing(guest));
             if nothing {
                 guest = end_of_table;
@@ -101,13 +101,13 @@ impl Qcow2 {
     }
 
     fn clear_cluster(&self, meta: &mut Meta, guest: u64, aim: Aim) -> Result<(), DiskError> {
-        let mapping = meta.lookup(&self.file, guest)?;
+        let mapping = meta.lookup(&*self.store, guest)?;
         let shows_backing = self.shows_backing(guest);
         let entry = if shows_backing { ZERO } else { 0 };
         match (mapping, aim) {
             (Mapping::Unallocated, Aim::Discard) | (Mapping::Zero { host: None }, _) => Ok(()),
             (Mapping::Unallocated, Aim::Zero) if !shows_backing => Ok(()),
-            _ => meta.link(&self.file, guest, entry),
+            _ => meta.link(&*self.store, guest, entry),
         }
     }
 
