@@ -168,7 +168,7 @@ fn import(arguments: ImageImport) -> Import {
 fn images(listed: &[Listed]) -> String {
     let rows = listed.iter().map(|listed| {
         let name = listed.name.as_ref().map_or_else(|| "-".to_owned(), Name::to_string);
-        let age = listed.image.made().map_or_else(|| "-".to_owned(), |made| age(made));
+        let age = listed.image.made().map_or_else(|| "-".to_owned(), age);
         let users = match listed.users.len() {
             0 => "-".to_owned(),
             1 => "1 disk".to_owned(),

@@ -46,22 +46,22 @@ pub fn convert(
     if path.symlink_metadata().is_ok() {
         return Err(exists());
     }
-    let partial = Partial::beside(path);
-    let target = format::create(&partial.0, format, source.size())?;
+    let partial = Partial::beside(path)?;
+    let target = format::create(&partial.file, format, source.size())?;
     copy(source, &*target, progress)?;
     target.flush()?;
     drop(target);
     let host =
         |action| move |source| DiskError::Host { file: path.display().to_string(), action, source };
     // The image is closed; what that wrote must be durable, too, before it has its name.
-    let file = File::open(&partial.0).map_err(host("open it again"))?;
+    let file = File::open(&partial.file).map_err(host("open it again"))?;
     file.sync_all().map_err(host("make its data durable"))?;
-    match renameat_with(CWD, &partial.0, CWD, path, RenameFlags::NOREPLACE) {
+    match renameat_with(CWD, &partial.file, CWD, path, RenameFlags::NOREPLACE) {
         Ok(()) => {}
         Err(rustix::io::Errno::EXIST) => return Err(exists()),
         // Not every file system knows how to not replace.
         Err(rustix::io::Errno::INVAL) => {
-            std::fs::rename(&partial.0, path).map_err(host("give it its name"))?;
+            std::fs::rename(&partial.file, path).map_err(host("give it its name"))?;
         }
         Err(error) => return Err(host("give it its name")(io::Error::from(error))),
     }
@@ -70,20 +70,33 @@ pub fn convert(
     folder.sync_all().map_err(host("make its name durable"))
 }
 
-/// A file that is not yet what it will be; removed where it does not become that.
-struct Partial(PathBuf);
+/// A file that is not yet what it will be: in a folder of its own beside its final place, under its
+/// final name, since some formats write down the name. Removed where it does not become that.
+struct Partial {
+    folder: PathBuf,
+    file: PathBuf,
+}
 
 impl Partial {
-    fn beside(path: &Path) -> Self {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        Self(path.with_file_name(format!(".{name}.{}.partial", std::process::id())))
+    fn beside(path: &Path) -> Result<Self, DiskError> {
+        let host = |source| DiskError::Host {
+            file: path.display().to_string(),
+            action: "make a folder beside it to work in",
+            source,
+        };
+        let name = path.file_name().ok_or_else(|| host(io::ErrorKind::InvalidInput.into()))?;
+        let hidden = format!(".{}.{}.partial", name.to_string_lossy(), std::process::id());
+        let folder = path.with_file_name(hidden);
+        std::fs::create_dir(&folder).map_err(host)?;
+        Ok(Self { file: folder.join(name), folder })
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
         // Under its final name it is no longer here.
-        let _ = std::fs::remove_file(&self.0);
+        let _ = std::fs::remove_file(&self.file);
+        let _ = std::fs::remove_dir(&self.folder);
     }
 }
 

@@ -6,7 +6,11 @@
 //! file.
 use crate::qcow2::{BackingName, CreateOptions, Qcow2};
 use crate::raw::Raw;
-use crate::{Access, Disk, DiskError, FileOptions, ImageFile, Lock};
+use crate::vdi::{self, Vdi};
+use crate::vhd::{self, Vhd};
+use crate::vhdx::{self, Vhdx};
+use crate::vmdk::Vmdk;
+use crate::{Access, Disk, DiskError, FileOptions, ImageFile, Lock, SECTOR};
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -169,23 +173,27 @@ pub fn open_backing(
     chain.open_below(path, name, options)
 }
 
-/// Makes a new image of `size` bytes, rounded up to sectors, which reads as zeroes, and opens it to
-/// write.
+/// Makes a new image of `size` bytes, rounded up to sectors, which reads as zeroes and grows with
+/// what is written, and opens it to write.
 ///
 /// # Errors
 /// [`DiskError::Invalid`] where the format cannot hold that, or something of that name is there.
 pub fn create(path: &Path, format: Format, size: u64) -> Result<Box<dyn Disk>, DiskError> {
     let options = FileOptions::write();
+    let size = size.checked_next_multiple_of(SECTOR).unwrap_or(size);
     match format {
         Format::Raw => Ok(Box::new(Raw::create(path, size, options)?)),
         Format::Qcow2 => {
             Qcow2::create(path, &CreateOptions::new(size), options)?;
             open(path, Some(format), OpenOptions::write())
         }
-        other => Err(DiskError::Unsupported {
-            file: path.display().to_string(),
-            feature: format!("the format {other}"),
-        }),
+        Format::Vmdk => Ok(Box::new(Vmdk::create(path, size, options)?)),
+        Format::Vdi => Ok(Box::new(Vdi::create(path, size, vdi::Variant::Dynamic, options)?)),
+        Format::Vhd => Ok(Box::new(Vhd::create(path, size, vhd::Variant::Dynamic, options)?)),
+        Format::Vhdx => {
+            let create = vhdx::CreateOptions { variant: vhdx::Variant::Dynamic, block_size: None };
+            Ok(Box::new(Vhdx::create(path, size, create, options)?))
+        }
     }
 }
 
@@ -217,10 +225,10 @@ impl Chain {
                 let find = |name: &BackingName| self.open_below(path, name, options);
                 Ok(Box::new(Qcow2::open(path, options.file, &find)?))
             }
-            other => Err(DiskError::Unsupported {
-                file: path.display().to_string(),
-                feature: format!("the format {other}"),
-            }),
+            Format::Vmdk => Ok(Box::new(Vmdk::open(path, options.file)?)),
+            Format::Vdi => Ok(Box::new(Vdi::open(ImageFile::open(path, options.file)?)?)),
+            Format::Vhd => Ok(Box::new(Vhd::open(ImageFile::open(path, options.file)?)?)),
+            Format::Vhdx => Ok(Box::new(Vhdx::open(ImageFile::open(path, options.file)?)?)),
         }
     }
 
