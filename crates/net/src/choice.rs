@@ -11,7 +11,7 @@ pub enum NetworkChoice {
     None,
     /// An existing tap device.
     Tap(TapName),
-    /// A switch among the machines of one user.
+    /// A switch among the machines of one user, [`crate::switch`].
     Switch(SwitchName),
 }
 

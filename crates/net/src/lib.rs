@@ -4,13 +4,18 @@
 //! [`Packet`]s: Ethernet frames that may be larger than the wire would carry, with what remains to
 //! be done on them ([`Offload`]). Guests are hostile: whatever a frame says is checked here.
 //!
-//! [`nat`] is the ordinary network of a machine. [`NetworkChoice`] and [`HostForward`] are what a
-//! user writes.
+//! [`nat`] is the ordinary network of a machine, [`switch`] one among the machines of a user.
+//! [`NetworkChoice`] and [`HostForward`] are what a user writes.
 
 mod choice;
+mod delivery;
 mod forward;
 pub mod nat;
+mod offload;
+mod poller;
+pub mod switch;
 mod table;
+mod waker;
 mod wire;
 
 pub use choice::{ChoiceError, NetworkChoice, SwitchName, TapName};

@@ -36,12 +36,13 @@ mod worker;
 pub use config::{HostAccess, NatConfig};
 
 use crate::forward::{HostForward, Protocol};
+use crate::poller::Poller;
+use crate::waker::Waker;
 use crate::{Network, Nic, Packet};
 use config::Layout;
 use core::{Core, Listener};
-use host::{Poller, Token};
+use host::Token;
 use rustix::event::epoll::EventFlags;
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -147,7 +148,7 @@ impl Nat {
                 Protocol::Udp => Token::UdpForward(udp_forwards.len() as u32),
             };
             poller
-                .watch(&socket, token, EventFlags::IN)
+                .watch(&socket, token.to_bits(), EventFlags::IN)
                 .map_err(|source| NatError::Listen { forward, source })?;
             match forward.protocol {
                 Protocol::Tcp => listeners.push(Listener { socket, guest_port, waiting: false }),
@@ -166,10 +167,11 @@ impl Nat {
         forwards: Vec<HostForward>,
     ) -> Result<Self, NatError> {
         let host = |action| move |source| NatError::Host { action, source };
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| host("make an event")(error.into()))?;
-        poller.watch(&event, Token::Wake, EventFlags::IN).map_err(host("watch an event"))?;
-        let shared = Arc::new(Shared::new(core, poller, event));
+        let waker = Waker::new().map_err(host("make an event"))?;
+        poller
+            .watch(&waker, Token::Wake.to_bits(), EventFlags::IN)
+            .map_err(host("watch an event"))?;
+        let shared = Arc::new(Shared::new(core, poller, waker));
         let run = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("nat".to_owned())

@@ -3,12 +3,13 @@
 use super::config::{Layout, NatConfig};
 use super::datagrams::{self, Datagrams, Resolvers};
 use super::dhcp::{self, Leases};
-use super::host::{self, Policy, Poller, Token};
+use super::host::{self, Policy, Token};
 use super::neighbors::{self, Ndp, Neighbors};
 use super::outbox::{Link, Outbox};
 use super::reassembly::Reassembly;
 use super::tcp::{self, Tcp};
 use super::udp_forward::UdpForward;
+use crate::poller::Poller;
 use crate::wire::icmp::{self, Echo};
 use crate::wire::ip::{HOPS, ICMP, ICMPV6, Ip, Pair, TCP, UDP};
 use crate::wire::udp::Datagram;

@@ -6,9 +6,10 @@
 //! its own that only hears the resolver, with a port that nobody can guess.
 use super::dns;
 pub(crate) use super::dns::Resolvers;
-use super::host::{self, Policy, Poller, Token};
+use super::host::{self, Policy, Token};
 use super::outbox::{Link, Outbox};
 use super::udp_forward::UdpForward;
+use crate::poller::Poller;
 use crate::table::{Key, Table};
 use crate::wire::Mac;
 use crate::wire::icmp::{self, Echo, Unreachable};
@@ -235,7 +236,7 @@ impl Datagrams {
         let key = self.sockets.insert(entry).ok_or(Errno::MFILE)?;
         let entry = self.sockets.get_mut(key).ok_or(Errno::BADF)?;
         if let Err(error) =
-            context.poller.watch(&entry.socket, Token::Datagram(key), EventFlags::IN)
+            context.poller.watch(&entry.socket, Token::Datagram(key).to_bits(), EventFlags::IN)
         {
             self.sockets.remove(key);
             return Err(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM));

@@ -15,8 +15,9 @@ mod output;
 mod pool;
 
 use super::datagrams::Resolvers;
-use super::host::{self, Policy, Poller, Token};
+use super::host::{self, Policy, Token};
 use super::outbox::{Link, Outbox};
+use crate::poller::Poller;
 use crate::table::{Key, Table};
 use crate::wire::icmp::Unreachable;
 use crate::wire::ip::{HOPS, Pair, TCP};
@@ -256,7 +257,7 @@ impl Tcp {
         self.next_scan = self.next_scan.min(deadline);
         let Some(flow) = self.flows.get_mut(name) else { return };
         let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
-        let result = context.poller.watch(&flow.socket, Token::Flow(name), events);
+        let result = context.poller.watch(&flow.socket, Token::Flow(name).to_bits(), events);
         self.settle(name, result.map_err(|_| End::ResetBoth), context);
     }
 
@@ -299,7 +300,7 @@ impl Tcp {
                 flow.socket = socket;
                 (flow.readable, flow.hung_up) = (false, false);
                 let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
-                match context.poller.watch(&flow.socket, Token::Flow(name), events) {
+                match context.poller.watch(&flow.socket, Token::Flow(name).to_bits(), events) {
                     Ok(()) => return,
                     Err(_) => End::ResetGuest,
                 }
