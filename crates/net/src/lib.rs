@@ -4,8 +4,9 @@
 //! [`Packet`]s: Ethernet frames that may be larger than the wire would carry, with what remains to
 //! be done on them ([`Offload`]). Guests are hostile: whatever a frame says is checked here.
 //!
-//! [`nat`] is the ordinary network of a machine, [`switch`] one among the machines of a user.
-//! [`NetworkChoice`] and [`HostForward`] are what a user writes.
+//! [`nat`] is the ordinary network of a machine, [`switch`] one among the machines of a user, and
+//! [`tap`] leads to whatever the host has connected a tap device to. [`NetworkChoice`] and
+//! [`HostForward`] are what a user writes.
 
 mod choice;
 mod delivery;
@@ -15,6 +16,7 @@ mod offload;
 mod poller;
 pub mod switch;
 mod table;
+pub mod tap;
 mod waker;
 mod wire;
 
