@@ -30,6 +30,8 @@ mod neighbors;
 mod outbox;
 mod reassembly;
 mod tcp;
+#[cfg(test)]
+mod tests;
 mod udp_forward;
 mod worker;
 

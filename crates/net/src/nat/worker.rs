@@ -16,11 +16,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// Bytes of frames that wait for the core. Beyond it frames are lost, as in any router.
-const INBOX: usize = 8 << 20;
+const INBOX: usize = 32 << 20;
 /// Events taken from the poller at once.
 const EVENTS: usize = 256;
 /// Turns of connections between two looks at what else came.
-const TURNS: usize = 16;
+const TURNS: usize = 4;
 
 /// A frame that waits for the core.
 type Waiting = (Vec<u8>, Offload);
