@@ -14,9 +14,10 @@
 //! ([`HostForward`]). A forward leads to the guest's IPv4 address; the guest sees the client's
 //! address, or the gateway's where the client is the host itself or uses IPv6.
 //!
-//! **Limits.** 4096 TCP connections, 1024 sockets of datagrams, 64 MiB of data in each direction
-//! that one side has sent and the other has not taken; beyond that the guest is refused or has to
-//! send again. Guests and peers are hostile: what is not understood is dropped.
+//! **Limits.** 4096 TCP connections and 1024 sockets of datagrams, or six and two tenths of the
+//! files that the process may open where that is less; 64 MiB of data in each direction that one
+//! side has sent and the other has not taken. Beyond that the guest is refused or has to send
+//! again. Guests and peers are hostile: what is not understood is dropped.
 //!
 //! `core` is the way of a frame, `worker` who runs when; `tcp` is the largest room.
 

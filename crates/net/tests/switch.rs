@@ -279,3 +279,38 @@ fn what_contradicts_itself_is_not_passed_on() {
     machines[0].send(ALL, b"end");
     assert_eq!(machines[1].text(), b"end");
 }
+
+/// A process of the same user that sends anything but what it should.
+#[test]
+fn what_others_send_is_not_believed() {
+    use rustix::net::{
+        AddressFamily, SendFlags, SocketAddrUnix, SocketType, connect, send, socket,
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let machines = machines(folder.path(), 2);
+    let switch = folder.path().join("bivisor/switch/lab");
+    let port = |entry: &std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with("port");
+    let mut state = 1u64;
+    let mut random = move || {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize
+    };
+    for entry in std::fs::read_dir(switch).unwrap().flatten().filter(port) {
+        let stranger = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        connect(&stranger, &SocketAddrUnix::new(entry.path()).unwrap()).unwrap();
+        for _ in 0..3000 {
+            let mut message = vec![0; 1 + random() % 400];
+            message.iter_mut().for_each(|byte| *byte = random() as u8);
+            if random() % 8 > 0 && message.len() > 28 {
+                message[..4].copy_from_slice(b"bvs1");
+                message[26..28].copy_from_slice(&[8, 0]);
+            }
+            send(&stranger, &message, SendFlags::empty()).unwrap();
+        }
+    }
+    machines[0].send(ALL, b"end");
+    while machines[1].text() != b"end" {}
+    machines[1].send(ALL, b"end");
+    while machines[0].text() != b"end" {}
+}

@@ -23,8 +23,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-/// Most sockets at once; one more takes the place of that which was not used for longest.
-const MOST: usize = 1024;
 /// How long a UDP socket stays without use (RFC 4787 §4.3 asks for two minutes at least).
 const UDP_IDLE: Duration = Duration::from_secs(180);
 /// How long an echo's socket stays.
@@ -114,9 +112,10 @@ pub(crate) struct Datagrams {
 }
 
 impl Datagrams {
-    pub fn new(now: Instant) -> Self {
+    /// For at most so many sockets.
+    pub fn new(limit: usize, now: Instant) -> Self {
         Self {
-            sockets: Table::new(MOST),
+            sockets: Table::new(limit),
             by_sender: HashMap::new(),
             pending: VecDeque::new(),
             next_scan: now,

@@ -45,8 +45,6 @@ pub(crate) const MOST_IN_FLIGHT: usize = 1 << 20;
 /// Most bytes of all connections that wait for the host's sockets. Beyond it the guest has to send
 /// again.
 const MOST_WAITING: usize = 64 << 20;
-/// Most connections at once. One more is refused.
-pub(crate) const MOST_FLOWS: usize = 4096;
 /// Where DNS is served.
 const DNS: u16 = 53;
 
@@ -93,9 +91,10 @@ pub(crate) struct Tcp {
 }
 
 impl Tcp {
-    pub fn new(now: Instant) -> Self {
+    /// For at most so many connections.
+    pub fn new(limit: usize, now: Instant) -> Self {
         Self {
-            flows: Table::new(MOST_FLOWS),
+            flows: Table::new(limit),
             by_key: HashMap::new(),
             pool: Pool::default(),
             budget: Budget(MOST_WAITING),
@@ -235,7 +234,7 @@ impl Tcp {
         // Ports of the gateway are used in turn, so that a guest that keeps closed connections in
         // mind for a minute does not meet them again.
         if is_gateway || self.by_key.contains_key(&key) {
-            for _ in 0..=MOST_FLOWS {
+            for _ in 0..=self.flows.len() {
                 self.next_port = self.next_port.wrapping_add(1).max(1024);
                 key.remote_port = self.next_port;
                 if !self.by_key.contains_key(&key) {
