@@ -9,9 +9,9 @@ pub enum NetworkChoice {
     Nat,
     /// No card at all.
     None,
-    /// An existing tap device.
+    /// An existing tap device, [`crate::tap`].
     Tap(TapName),
-    /// A switch among the machines of one user.
+    /// A switch among the machines of one user, [`crate::switch`].
     Switch(SwitchName),
 }
 

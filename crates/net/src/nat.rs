@@ -14,9 +14,10 @@
 //! ([`HostForward`]). A forward leads to the guest's IPv4 address; the guest sees the client's
 //! address, or the gateway's where the client is the host itself or uses IPv6.
 //!
-//! **Limits.** 4096 TCP connections, 1024 sockets of datagrams, 64 MiB of data in each direction
-//! that one side has sent and the other has not taken; beyond that the guest is refused or has to
-//! send again. Guests and peers are hostile: what is not understood is dropped.
+//! **Limits.** 4096 TCP connections and 1024 sockets of datagrams, or six and two tenths of the
+//! files that the process may open where that is less; 64 MiB of data in each direction that one
+//! side has sent and the other has not taken. Beyond that the guest is refused or has to send
+//! again. Guests and peers are hostile: what is not understood is dropped.
 //!
 //! `core` is the way of a frame, `worker` who runs when; `tcp` is the largest room.
 
@@ -30,18 +31,21 @@ mod neighbors;
 mod outbox;
 mod reassembly;
 mod tcp;
+#[cfg(test)]
+mod tests;
 mod udp_forward;
 mod worker;
 
 pub use config::{HostAccess, NatConfig};
 
 use crate::forward::{HostForward, Protocol};
+use crate::poller::Poller;
+use crate::waker::Waker;
 use crate::{Network, Nic, Packet};
 use config::Layout;
 use core::{Core, Listener};
-use host::{Poller, Token};
+use host::Token;
 use rustix::event::epoll::EventFlags;
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -147,7 +151,7 @@ impl Nat {
                 Protocol::Udp => Token::UdpForward(udp_forwards.len() as u32),
             };
             poller
-                .watch(&socket, token, EventFlags::IN)
+                .watch(&socket, token.to_bits(), EventFlags::IN)
                 .map_err(|source| NatError::Listen { forward, source })?;
             match forward.protocol {
                 Protocol::Tcp => listeners.push(Listener { socket, guest_port, waiting: false }),
@@ -166,10 +170,11 @@ impl Nat {
         forwards: Vec<HostForward>,
     ) -> Result<Self, NatError> {
         let host = |action| move |source| NatError::Host { action, source };
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| host("make an event")(error.into()))?;
-        poller.watch(&event, Token::Wake, EventFlags::IN).map_err(host("watch an event"))?;
-        let shared = Arc::new(Shared::new(core, poller, event));
+        let waker = Waker::new().map_err(host("make an event"))?;
+        poller
+            .watch(&waker, Token::Wake.to_bits(), EventFlags::IN)
+            .map_err(host("watch an event"))?;
+        let shared = Arc::new(Shared::new(core, poller, waker));
         let run = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("nat".to_owned())

@@ -145,6 +145,31 @@ impl Layout {
     }
 }
 
+/// How many sockets of the host a guest may have open.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// TCP connections. One more is refused.
+    pub flows: usize,
+    /// Sockets of datagrams. One more takes the place of that which was not used for longest.
+    pub datagrams: usize,
+}
+
+impl Limits {
+    /// As many as the host's limit on the process's files permits, with a fifth left for the
+    /// machine itself: no guest keeps its own machine from opening a file.
+    pub fn of_process() -> Self {
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        Self::with_files(files.unwrap_or(u64::MAX))
+    }
+
+    fn with_files(files: u64) -> Self {
+        let share = |tenths: u64, most: usize| {
+            usize::try_from(files / 10 * tenths).unwrap_or(usize::MAX).clamp(1, most)
+        };
+        Self { flows: share(6, 4096), datagrams: share(2, 1024) }
+    }
+}
+
 /// Whether a name may be told by DHCP (RFC 1123 §2.1).
 pub(crate) fn is_hostname(name: &str) -> bool {
     (1..=63).contains(&name.len())
@@ -156,6 +181,16 @@ pub(crate) fn is_hostname(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guests_sockets_leave_files_for_the_machine() {
+        for (files, flows, datagrams) in
+            [(1024, 612, 204), (20_000, 4096, 1024), (u64::MAX, 4096, 1024), (3, 1, 1)]
+        {
+            let limits = Limits::with_files(files);
+            assert_eq!((limits.flows, limits.datagrams), (flows, datagrams), "of {files}");
+        }
+    }
 
     #[test]
     fn networks_that_cannot_be_the_guests_are_refused() {

@@ -1,14 +1,15 @@
 //! What the NAT does with each frame of the guest and each event of the host, without threads and
 //! with a clock that is handed in.
-use super::config::{Layout, NatConfig};
+use super::config::{Layout, Limits, NatConfig};
 use super::datagrams::{self, Datagrams, Resolvers};
 use super::dhcp::{self, Leases};
-use super::host::{self, Policy, Poller, Token};
+use super::host::{self, Policy, Token};
 use super::neighbors::{self, Ndp, Neighbors};
 use super::outbox::{Link, Outbox};
 use super::reassembly::Reassembly;
 use super::tcp::{self, Tcp};
 use super::udp_forward::UdpForward;
+use crate::poller::Poller;
 use crate::wire::icmp::{self, Echo};
 use crate::wire::ip::{HOPS, ICMP, ICMPV6, Ip, Pair, TCP, UDP};
 use crate::wire::udp::Datagram;
@@ -96,6 +97,7 @@ impl Core {
         udp_forwards: Vec<UdpForward>,
         now: Instant,
     ) -> Self {
+        let limits = Limits::of_process();
         Self {
             policy: Policy { layout, access: config.host_access },
             hostname: config.hostname.clone(),
@@ -104,8 +106,8 @@ impl Core {
             neighbors: Neighbors::default(),
             leases: Leases::default(),
             resolvers: Resolvers::new(&config.resolv_conf),
-            tcp: Tcp::new(now),
-            datagrams: Datagrams::new(now),
+            tcp: Tcp::new(limits.flows, now),
+            datagrams: Datagrams::new(limits.datagrams, now),
             reassembly: Reassembly::default(),
             listeners,
             udp_forwards,

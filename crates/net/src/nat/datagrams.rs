@@ -6,9 +6,10 @@
 //! its own that only hears the resolver, with a port that nobody can guess.
 use super::dns;
 pub(crate) use super::dns::Resolvers;
-use super::host::{self, Policy, Poller, Token};
+use super::host::{self, Policy, Token};
 use super::outbox::{Link, Outbox};
 use super::udp_forward::UdpForward;
+use crate::poller::Poller;
 use crate::table::{Key, Table};
 use crate::wire::Mac;
 use crate::wire::icmp::{self, Echo, Unreachable};
@@ -22,8 +23,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-/// Most sockets at once; one more takes the place of that which was not used for longest.
-const MOST: usize = 1024;
 /// How long a UDP socket stays without use (RFC 4787 §4.3 asks for two minutes at least).
 const UDP_IDLE: Duration = Duration::from_secs(180);
 /// How long an echo's socket stays.
@@ -113,9 +112,10 @@ pub(crate) struct Datagrams {
 }
 
 impl Datagrams {
-    pub fn new(now: Instant) -> Self {
+    /// For at most so many sockets.
+    pub fn new(limit: usize, now: Instant) -> Self {
         Self {
-            sockets: Table::new(MOST),
+            sockets: Table::new(limit),
             by_sender: HashMap::new(),
             pending: VecDeque::new(),
             next_scan: now,
@@ -235,7 +235,7 @@ impl Datagrams {
         let key = self.sockets.insert(entry).ok_or(Errno::MFILE)?;
         let entry = self.sockets.get_mut(key).ok_or(Errno::BADF)?;
         if let Err(error) =
-            context.poller.watch(&entry.socket, Token::Datagram(key), EventFlags::IN)
+            context.poller.watch(&entry.socket, Token::Datagram(key).to_bits(), EventFlags::IN)
         {
             self.sockets.remove(key);
             return Err(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM));

@@ -1,15 +1,13 @@
-//! The host's side: its sockets, the poller that watches them, and what of it a guest may reach.
+//! The host's side: its sockets, and what of it a guest may reach.
 use super::config::{HostAccess, Layout};
 use crate::table::Key;
 use crate::wire::icmp::Unreachable;
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrAny, SocketFlags, SocketType, ipproto, socket_with, sockopt,
 };
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
 /// Connections that wait to be accepted.
@@ -50,28 +48,6 @@ impl Token {
             4 => Self::UdpForward(bits as u32),
             _ => Self::Wake,
         }
-    }
-}
-
-/// Watches sockets, edge-triggered: each change is reported once. A socket that is closed is no
-/// longer watched.
-#[derive(Debug)]
-pub(crate) struct Poller(OwnedFd);
-
-impl Poller {
-    pub fn new() -> io::Result<Self> {
-        Ok(Self(epoll::create(CreateFlags::CLOEXEC)?))
-    }
-
-    pub fn watch(&self, socket: &impl AsFd, token: Token, flags: EventFlags) -> io::Result<()> {
-        let data = EventData::new_u64(token.to_bits());
-        Ok(epoll::add(&self.0, socket, data, flags | EventFlags::ET)?)
-    }
-}
-
-impl AsFd for Poller {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
     }
 }
 

@@ -15,8 +15,9 @@ mod output;
 mod pool;
 
 use super::datagrams::Resolvers;
-use super::host::{self, Policy, Poller, Token};
+use super::host::{self, Policy, Token};
 use super::outbox::{Link, Outbox};
+use crate::poller::Poller;
 use crate::table::{Key, Table};
 use crate::wire::icmp::Unreachable;
 use crate::wire::ip::{HOPS, Pair, TCP};
@@ -44,8 +45,6 @@ pub(crate) const MOST_IN_FLIGHT: usize = 1 << 20;
 /// Most bytes of all connections that wait for the host's sockets. Beyond it the guest has to send
 /// again.
 const MOST_WAITING: usize = 64 << 20;
-/// Most connections at once. One more is refused.
-pub(crate) const MOST_FLOWS: usize = 4096;
 /// Where DNS is served.
 const DNS: u16 = 53;
 
@@ -92,9 +91,10 @@ pub(crate) struct Tcp {
 }
 
 impl Tcp {
-    pub fn new(now: Instant) -> Self {
+    /// For at most so many connections.
+    pub fn new(limit: usize, now: Instant) -> Self {
         Self {
-            flows: Table::new(MOST_FLOWS),
+            flows: Table::new(limit),
             by_key: HashMap::new(),
             pool: Pool::default(),
             budget: Budget(MOST_WAITING),
@@ -234,7 +234,7 @@ impl Tcp {
         // Ports of the gateway are used in turn, so that a guest that keeps closed connections in
         // mind for a minute does not meet them again.
         if is_gateway || self.by_key.contains_key(&key) {
-            for _ in 0..=MOST_FLOWS {
+            for _ in 0..=self.flows.len() {
                 self.next_port = self.next_port.wrapping_add(1).max(1024);
                 key.remote_port = self.next_port;
                 if !self.by_key.contains_key(&key) {
@@ -256,7 +256,7 @@ impl Tcp {
         self.next_scan = self.next_scan.min(deadline);
         let Some(flow) = self.flows.get_mut(name) else { return };
         let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
-        let result = context.poller.watch(&flow.socket, Token::Flow(name), events);
+        let result = context.poller.watch(&flow.socket, Token::Flow(name).to_bits(), events);
         self.settle(name, result.map_err(|_| End::ResetBoth), context);
     }
 
@@ -299,7 +299,7 @@ impl Tcp {
                 flow.socket = socket;
                 (flow.readable, flow.hung_up) = (false, false);
                 let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
-                match context.poller.watch(&flow.socket, Token::Flow(name), events) {
+                match context.poller.watch(&flow.socket, Token::Flow(name).to_bits(), events) {
                     Ok(()) => return,
                     Err(_) => End::ResetGuest,
                 }

@@ -5,22 +5,22 @@
 //! caller waits. Frames go to the card from this thread only. The lock of the card is taken before
 //! the core's. Where frames were built whole, the core's lock is not held while the card takes them.
 use super::core::Core;
-use super::host::{Poller, Token};
+use super::host::Token;
+use crate::poller::Poller;
+use crate::waker::Waker;
 use crate::{Nic, Offload, Packet};
-use rustix::buffer::spare_capacity;
-use rustix::event::{Timespec, epoll};
+use rustix::event::epoll;
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// Bytes of frames that wait for the core. Beyond it frames are lost, as in any router.
-const INBOX: usize = 8 << 20;
+const INBOX: usize = 32 << 20;
 /// Events taken from the poller at once.
 const EVENTS: usize = 256;
 /// Turns of connections between two looks at what else came.
-const TURNS: usize = 16;
+const TURNS: usize = 4;
 
 /// A frame that waits for the core.
 type Waiting = (Vec<u8>, Offload);
@@ -37,11 +37,7 @@ pub(crate) struct Shared {
     inbox: Mutex<Inbox>,
     nic: Mutex<Option<Arc<dyn Nic>>>,
     poller: Arc<Poller>,
-    event: OwnedFd,
-    /// There is something to do since the thread last looked.
-    signal: AtomicBool,
-    /// The thread waits for the poller, so the event has to be raised.
-    asleep: AtomicBool,
+    waker: Waker,
     room: AtomicBool,
     stop: AtomicBool,
     /// The deadline that the thread sleeps until.
@@ -53,15 +49,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub fn new(core: Core, poller: Arc<Poller>, event: OwnedFd) -> Self {
+    pub fn new(core: Core, poller: Arc<Poller>, waker: Waker) -> Self {
         Self {
             core: Mutex::new(core),
             inbox: Mutex::default(),
             nic: Mutex::new(None),
             poller,
-            event,
-            signal: AtomicBool::new(false),
-            asleep: AtomicBool::new(false),
+            waker,
             room: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             until: Mutex::new(None),
@@ -96,7 +90,7 @@ impl Shared {
                     inbox.frames.push_back((packet.frame.to_vec(), packet.offload));
                 }
                 drop(inbox);
-                self.wake();
+                self.waker.wake();
                 return;
             }
         };
@@ -111,28 +105,20 @@ impl Shared {
         let work = sooner || core.has_work();
         drop(core);
         if work {
-            self.wake();
+            self.waker.wake();
         }
     }
 
     /// The card takes frames again.
     pub fn room(&self) {
         self.room.store(true, Ordering::SeqCst);
-        self.wake();
+        self.waker.wake();
     }
 
     /// Ends the thread.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
-        self.wake();
-    }
-
-    fn wake(&self) {
-        self.signal.store(true, Ordering::SeqCst);
-        if self.asleep.swap(false, Ordering::SeqCst) {
-            // It only fails if the counter is at its end, and then the thread is woken already.
-            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
-        }
+        self.waker.wake();
     }
 
     /// Hands over what callers left. The inbox is not locked meanwhile.
@@ -164,7 +150,7 @@ impl Shared {
             for event in &events {
                 let (token, flags) = (Token::from_bits(event.data.u64()), event.flags);
                 match token {
-                    Token::Wake => drop(rustix::io::read(&self.event, &mut [0u8; 8])),
+                    Token::Wake => self.waker.drain(),
                     token => core.host_event(token, flags, now),
                 }
             }
@@ -178,16 +164,11 @@ impl Shared {
     fn sleep(&self, events: &mut Vec<epoll::Event>) {
         let deadline = lock(&self.core).deadline();
         *lock(&self.until) = deadline;
-        self.asleep.store(true, Ordering::SeqCst);
-        let at_once = self.signal.swap(false, Ordering::SeqCst);
+        let at_once = self.waker.lie_down();
         let wait = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let wait = if at_once { Some(Duration::ZERO) } else { wait };
-        let timeout = wait.and_then(|wait| Timespec::try_from(wait).ok());
-        events.clear();
-        // An interrupted wait has no events and is as good as one that ended.
-        let _ = epoll::wait(&*self.poller, spare_capacity(events), timeout.as_ref());
-        self.asleep.store(false, Ordering::SeqCst);
-        self.signal.store(false, Ordering::SeqCst);
+        self.poller.wait(events, wait);
+        self.waker.get_up();
     }
 
     /// Hands the card what there is for it; answers whether there is more.

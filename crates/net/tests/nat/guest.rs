@@ -205,6 +205,11 @@ impl Guest {
         Self { port, interface, sockets, begun: Instant::now() }
     }
 
+    /// The next frame for the guest, past its stack.
+    pub fn take_frame(&mut self) -> Option<Vec<u8>> {
+        self.port.card.queue.lock().unwrap().pop_front()
+    }
+
     pub fn nat(&self) -> &Nat {
         &self.port.nat
     }

@@ -13,7 +13,7 @@ use rustix::net::RecvFlags;
 use std::time::Instant;
 
 /// Frames that one connection sends before it is another's turn.
-const TURN: usize = 8;
+const TURN: usize = 4;
 
 /// What a turn came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
