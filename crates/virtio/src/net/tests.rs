@@ -95,6 +95,30 @@ fn a_frame_is_received_into_one_buffer_or_several() {
 }
 
 #[test]
+fn the_buffers_of_a_frame_appear_together() {
+    let mut rig = Rig::new();
+    for _ in 0..100 {
+        rig.guest.queues[0].add(&[], &[20]);
+    }
+    let used_index = device::GuestPhysical(rig.guest.queues[0].at.used.0 + 2);
+    let ram = rig.guest.ram.clone();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    std::thread::scope(|scope| {
+        let seen = scope.spawn(|| {
+            let mut seen = std::collections::BTreeSet::new();
+            while !done.load(order) {
+                seen.insert(ram.load::<u16>(used_index, order).unwrap());
+            }
+            seen
+        });
+        (0..20).for_each(|_| assert!(rig.receive(&tcp(MAC, 1, 2, 88))));
+        done.store(true, order);
+        assert!(seen.join().unwrap().iter().all(|index| index % 5 == 0), "five buffers each");
+    });
+}
+
+#[test]
 fn a_frame_without_room_waits_until_there_is_some() {
     let mut rig = Rig::new();
     rig.network.take_rooms();
