@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{RecordingNetwork, TestGuest};
+use crate::testing::{MemoryNetwork, TestGuest};
 use ::net::{Accepts, Checksum, Nic, Offload, Packet, SegmentKind, Segmentation};
 
 const MAC: Mac = [0x52, 0x54, 0, 1, 2, 3];
@@ -7,7 +7,7 @@ const MAC: Mac = [0x52, 0x54, 0, 1, 2, 3];
 const CONTROL: usize = 4;
 
 struct Rig {
-    network: Arc<RecordingNetwork>,
+    network: Arc<MemoryNetwork>,
     device: Net,
     guest: TestGuest,
 }
@@ -18,7 +18,7 @@ impl Rig {
     }
     /// A driver that does not accept these features.
     fn without(features: u64) -> Self {
-        let network = Arc::new(RecordingNetwork::default());
+        let network = Arc::new(MemoryNetwork::default());
         let config = NetConfig {
             name: "nic0".into(),
             network: network.clone(),
