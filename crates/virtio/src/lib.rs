@@ -20,6 +20,7 @@
 
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod net;
 pub mod pci;
 pub mod queue;
