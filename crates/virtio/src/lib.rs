@@ -22,6 +22,7 @@ pub mod blk;
 pub mod chain;
 mod discard;
 pub mod fs;
+pub mod console;
 pub mod net;
 pub mod pci;
 pub mod queue;
