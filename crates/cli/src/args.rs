@@ -1,4 +1,5 @@
 //! The command line of `bv`.
+use crate::disk::DiskArg;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use vmm::{Bytes, CpuChoice, EngineChoice, Mount, VsockOptions};
@@ -80,6 +81,13 @@ pub struct Run {
     /// Give the guest the debug-exit port 0xf4.
     #[arg(long)]
     pub debug_exit: bool,
+    /// Disk for the guest; may be repeated, the first is /dev/vda.
+    ///
+    /// FILE is an image; `format=raw` is needed for raw ones. `readonly` refuses writes,
+    /// `backing` allows images that stand on others, `full=fail` has writes fail when the host
+    /// has no room instead of pausing. `size=10GiB` is an empty disk that is gone afterwards.
+    #[arg(long = "disk", value_name = "FILE|size=SIZE[,OPTIONS]")]
+    pub disks: Vec<DiskArg>,
     /// A source of entropy for the guest.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     pub rng: Switch,

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod disk;
 mod doctor;
 mod messages;
 mod progress;

@@ -3,6 +3,7 @@ use crate::args::{BalloonArg, Guest, Run, SerialArg, Switch};
 use crate::messages::{self, say};
 use crate::progress::Bar;
 use crate::terminal::{self, RawMode};
+use ::disk::DiskError;
 use image::{Cache, ImageError, debian};
 use std::path::Path;
 use std::process::ExitCode;
@@ -31,6 +32,8 @@ enum RunError {
     Boot(#[from] BootError),
     #[error("--engine: this CPU engine does not work on this host")]
     Engine(#[source] EngineError),
+    #[error("--disk")]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Machine(#[from] VmmError),
     #[error("the terminal cannot be prepared; use --serial none or redirect standard input")]
@@ -42,7 +45,7 @@ enum RunError {
 impl RunError {
     fn status(&self) -> u8 {
         match self {
-            Self::Image(_) | Self::Boot(_) => BAD_INPUT,
+            Self::Image(_) | Self::Boot(_) | Self::Disk(_) => BAD_INPUT,
             Self::Machine(error) if error.is_bad_input() => BAD_INPUT,
             Self::Machine(_) | Self::Engine(_) | Self::Terminal(_) | Self::Signals(_) => FAILED,
         }
@@ -116,16 +119,18 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
 }
 
 /// What is plugged into the machine.
-fn devices(arguments: &Run) -> Result<DeviceConfig, VmmError> {
+fn devices(arguments: &Run) -> Result<DeviceConfig, RunError> {
+    let disks = arguments.disks.iter().enumerate().map(|(number, disk)| disk.open(number));
     let balloon = match arguments.balloon {
         BalloonArg::Target(bytes) => Some(BalloonControl::new(bytes.0)),
         BalloonArg::Off => None,
     };
     Ok(DeviceConfig {
+        disks: disks.collect::<Result<_, _>>()?,
         rng: arguments.rng == Switch::On,
         shares: vmm::open_shares(&arguments.mounts)?,
         balloon,
-        vsock: arguments.vsock.as_ref().map(VsockHost::new).transpose()?,
+        vsock: arguments.vsock.as_ref().map(VsockHost::new).transpose().map_err(VmmError::from)?,
     })
 }
 
@@ -135,6 +140,11 @@ fn describe(notice: &Notice<'_>, no_reboot: bool) -> String {
         Notice::TripleFault(fault) => {
             format!("{fault}\n  the machine resets; --no-reboot ends it instead")
         }
+        Notice::DiskFull(retry) => format!(
+            "the host has no room for what the guest writes to its disk: the machine is paused\n  \
+             free some space, and it goes on within {} seconds",
+            retry.as_secs()
+        ),
         Notice::PowerButton(grace) => format!(
             "asked the guest to switch off; it has {} seconds (signal again to stop it now)",
             grace.as_secs()

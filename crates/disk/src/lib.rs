@@ -4,11 +4,26 @@
 //! a file, and an overlay over another `Disk`. Its calls block; they can be made from any number
 //! of threads at once. Image files are hostile input: no length, offset or count in them steers
 //! an allocation or a loop before it was checked against the file's size and the format's limits.
+//!
+//! Start reading at [`Disk`], then [`mod@file`], on which every format stands. [`mod@format`] opens an
+//! image of any format, [`overlay`] puts a qcow2 image over one, [`mod@convert`] copies between
+//! formats, [`requests`] is what a block device uses.
 #![forbid(unsafe_code)]
 
+pub mod convert;
 mod error;
+pub mod file;
+pub mod format;
+mod lock;
+pub mod overlay;
+pub mod qcow2;
+pub mod raw;
+pub mod requests;
 
-pub use error::DiskError;
+pub use error::{DiskError, check_range};
+pub use file::{Access, FileOptions, ImageFile};
+pub use format::Format;
+pub use lock::Lock;
 
 /// Bytes of a sector, the unit of offsets and lengths that a guest uses.
 pub const SECTOR: u64 = 512;
@@ -55,6 +70,12 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// As [`Disk::write_at`].
     fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), DiskError>;
+
+    /// Bytes of the unit in which the format allocates: an aligned piece of this size can be
+    /// discarded, or made zero, so that it takes up no space. A power of two.
+    fn unit(&self) -> u64 {
+        4096
+    }
 
     /// What the disk holds from `offset` on: the kind of the first bytes there and for how many
     /// (at least one, at most `length`) it stays the same. What cannot be known counts as data.

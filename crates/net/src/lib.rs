@@ -3,7 +3,18 @@
 //! A guest's network card (a [`Nic`]) is plugged into a [`Network`], and both hand each other
 //! [`Packet`]s: Ethernet frames that may be larger than the wire would carry, with what remains to
 //! be done on them ([`Offload`]). Guests are hostile: whatever a frame says is checked here.
-#![forbid(unsafe_code)]
+//!
+//! [`nat`] is the ordinary network of a machine. [`NetworkChoice`] and [`HostForward`] are what a
+//! user writes.
+
+mod choice;
+mod forward;
+pub mod nat;
+mod table;
+mod wire;
+
+pub use choice::{ChoiceError, NetworkChoice, SwitchName, TapName};
+pub use forward::{ForwardError, HostForward, Protocol};
 
 use std::sync::Arc;
 

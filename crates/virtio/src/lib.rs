@@ -18,9 +18,11 @@
 //! waits for calls back into them; [`Transport`]'s methods do not.
 
 pub mod balloon;
+pub mod blk;
 pub mod chain;
 mod discard;
 pub mod fs;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;

@@ -196,10 +196,18 @@ impl Queue {
         }
     }
 
-    /// Whether there is a chain to take. One that breaks the rules counts.
-    pub fn has_more(&self) -> bool {
+    /// How many chains there are to take, as of the last look at the ring: a call of
+    /// [`Self::want_notifications`] that switches them on, or of [`Self::pop`] that found none.
+    pub fn waiting(&self) -> u16 {
+        let ring = lock(&self.0.ring);
+        if ring.closed { 0 } else { ring.seen.wrapping_sub(ring.position.available) }
+    }
+
+    /// Takes back the last `count` calls of [`Self::pop`] that gave a chain: they come again. Only
+    /// for a device that alone takes from this queue, and has pushed none of them.
+    pub fn undo_pops(&self, count: u16) {
         let mut ring = lock(&self.0.ring);
-        !ring.closed && !matches!(self.0.next_head(&mut ring), Ok(None))
+        ring.position.available = ring.position.available.wrapping_sub(count);
     }
 
     /// Takes a chain a second time that was taken before a save, by its head.
@@ -364,8 +372,10 @@ impl Inner {
             // An event index that stays behind keeps the driver silent by itself.
             (true, false) => return Ok(false),
             (true, true) => {
+                // At the next chain that is not known yet: those that wait to be taken again
+                // (`Queue::undo_pops`) are no news.
                 let at = 4 + 8 * u64::from(self.size);
-                self.store(self.at.used, at, ring.position.available, Ordering::Relaxed)?;
+                self.store(self.at.used, at, ring.seen, Ordering::Relaxed)?;
             }
             (false, wanted) => {
                 let flags = if wanted { 0 } else { NO_NOTIFY };

@@ -1,8 +1,9 @@
 //! What a machine is from power-on to reset: RAM, vCPUs, buses and devices.
 use crate::clock::MachineClock;
-use crate::config::{DeviceConfig, MachineConfig};
+use crate::config::MachineConfig;
 use crate::console::Output;
 use crate::cpu::CpuChoice;
+use crate::disks;
 use crate::error::VmmError;
 use crate::events::{Events, Stop, Wake};
 use crate::memory;
@@ -141,6 +142,7 @@ impl Board {
             doorbells: to_engine,
         });
         let (com1, acpi) = wire_devices(&mut wiring, &router, config, output, wake)?;
+        wire_pci_devices(&mut wiring, config, &events)?;
         let (bus, all) = wiring.finish();
         let devices = Devices { all, com1, acpi };
         let io = Arc::new(MachineIo { bus, router, output: output.clone() });
@@ -247,22 +249,27 @@ fn wire_devices(
     if config.debug_exit {
         DebugExitConfig.wire(wiring)?;
     }
-    wire_pci_devices(wiring, &config.devices)?;
     Ok((com1, acpi))
 }
 
 /// The list of what is plugged into the PCI bus.
-fn wire_pci_devices(wiring: &mut Wiring, config: &DeviceConfig) -> Result<(), MapError> {
-    if config.rng {
+fn wire_pci_devices(
+    wiring: &mut Wiring,
+    config: &MachineConfig,
+    events: &Arc<Events>,
+) -> Result<(), MapError> {
+    let devices = &config.devices;
+    disks::wire(wiring, &devices.disks, config.vcpus, events)?;
+    if devices.rng {
         RngConfig.wire(wiring)?;
     }
-    for share in &config.shares {
+    for share in &config.devices.shares {
         share.clone().wire(wiring)?;
     }
-    if let Some(balloon) = &config.balloon {
+    if let Some(balloon) = &config.devices.balloon {
         balloon.clone().wire(wiring)?;
     }
-    if let Some(vsock) = &config.vsock {
+    if let Some(vsock) = &config.devices.vsock {
         vsock.clone().wire(wiring)?;
     }
     Ok(())

@@ -266,11 +266,10 @@ impl Exchange {
     /// is more.
     pub fn send(&mut self, queue: &Queue) -> bool {
         while let Some(ready) = self.next_packet() {
-            if !queue.has_more() {
+            let Some(chain) = queue.pop() else {
                 self.put_back(ready);
                 return true;
-            }
-            let Some(chain) = queue.pop() else { return false };
+            };
             let written = self.write(&ready, &chain);
             queue.push_silently(chain, written);
             if written == 0 {

@@ -1,6 +1,10 @@
 //! A guest for the tests of devices: memory, the driver's side of queues, and a transport that
 //! remembers.
 #![allow(clippy::expect_used)] // The lint's exception for tests does not know helpers.
+mod backends;
+
+pub use backends::{MemoryDisk, RecordingNetwork};
+
 use crate::queue::{Position, QueueAddresses};
 use crate::{Activation, Queue, Transport, VirtioDevice, feature};
 use device::{GuestMemory, GuestPhysical, GuestRam, Notify, lock};
