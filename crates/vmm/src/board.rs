@@ -263,13 +263,13 @@ fn wire_pci_devices(
     if devices.rng {
         RngConfig.wire(wiring)?;
     }
-    for share in &config.devices.shares {
+    for share in &devices.shares {
         share.clone().wire(wiring)?;
     }
-    if let Some(balloon) = &config.devices.balloon {
+    if let Some(balloon) = &devices.balloon {
         balloon.clone().wire(wiring)?;
     }
-    if let Some(vsock) = &config.devices.vsock {
+    if let Some(vsock) = &devices.vsock {
         vsock.clone().wire(wiring)?;
     }
     Ok(())
