@@ -1,5 +1,6 @@
 //! The command line of `bv`.
 use crate::disk::DiskArg;
+use ::net::HostForward;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use vmm::{Bytes, CpuChoice, EngineChoice, Mount, VsockOptions};
@@ -88,6 +89,13 @@ pub struct Run {
     /// has no room instead of pausing. `size=10GiB` is an empty disk that is gone afterwards.
     #[arg(long = "disk", value_name = "FILE|size=SIZE[,OPTIONS]")]
     pub disks: Vec<DiskArg>,
+    /// Network for the guest: nat reaches whatever this process can, without root.
+    #[arg(long, value_enum, default_value_t = Network::Nat)]
+    pub network: Network,
+    /// Port of this host that leads to one of the guest: [ADDRESS:]PORT:GUEST-PORT[/tcp|/udp];
+    /// may be repeated. Without an address only this host reaches it.
+    #[arg(short, long = "publish", value_name = "FORWARD")]
+    pub publish: Vec<HostForward>,
     /// A source of entropy for the guest.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     pub rng: Switch,
@@ -109,6 +117,15 @@ pub struct Run {
     /// address 2. The guest's own address is 3, if none is given.
     #[arg(long, value_name = "PATH[,cid=N]")]
     pub vsock: Option<VsockOptions>,
+}
+
+/// The values of `--network`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Network {
+    /// Addresses by DHCP, names by DNS, TCP, UDP and ping to the outside.
+    Nat,
+    /// No card.
+    None,
 }
 
 /// Whether the guest gets something.

@@ -5,6 +5,7 @@ mod args;
 mod disk;
 mod doctor;
 mod messages;
+mod network;
 mod progress;
 mod run;
 mod terminal;

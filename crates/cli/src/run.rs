@@ -1,6 +1,7 @@
 //! `bv run`.
 use crate::args::{BalloonArg, Guest, Run, SerialArg, Switch};
 use crate::messages::{self, say};
+use crate::network::{self, NetworkError};
 use crate::progress::Bar;
 use crate::terminal::{self, RawMode};
 use ::disk::DiskError;
@@ -35,6 +36,8 @@ enum RunError {
     #[error("--disk")]
     Disk(#[from] DiskError),
     #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
     Machine(#[from] VmmError),
     #[error("the terminal cannot be prepared; use --serial none or redirect standard input")]
     Terminal(#[source] std::io::Error),
@@ -46,8 +49,13 @@ impl RunError {
     fn status(&self) -> u8 {
         match self {
             Self::Image(_) | Self::Boot(_) | Self::Disk(_) => BAD_INPUT,
+            Self::Network(error) if error.is_bad_input() => BAD_INPUT,
             Self::Machine(error) if error.is_bad_input() => BAD_INPUT,
-            Self::Machine(_) | Self::Engine(_) | Self::Terminal(_) | Self::Signals(_) => FAILED,
+            Self::Network(_)
+            | Self::Machine(_)
+            | Self::Engine(_)
+            | Self::Terminal(_)
+            | Self::Signals(_) => FAILED,
         }
     }
 }
@@ -127,6 +135,7 @@ fn devices(arguments: &Run) -> Result<DeviceConfig, RunError> {
     };
     Ok(DeviceConfig {
         disks: disks.collect::<Result<_, _>>()?,
+        nics: network::cards(arguments)?,
         rng: arguments.rng == Switch::On,
         shares: vmm::open_shares(&arguments.mounts)?,
         balloon,

@@ -225,8 +225,15 @@ impl Queue {
 
     /// As [`Self::push`], without interrupt: call [`Self::interrupt`] after the last.
     pub fn push_silently(&self, chain: Chain, written: u32) {
+        self.push_together([(chain, written)]);
+    }
+
+    /// As [`Self::push_silently`] for several chains, of which the driver sees all or none.
+    pub fn push_together(&self, chains: impl IntoIterator<Item = (Chain, u32)>) {
         let mut ring = lock(&self.0.ring);
-        let result = self.0.put(&mut ring, chain.head(), written);
+        let mut put = |(chain, written): (Chain, u32)| self.0.put(&mut ring, chain.head(), written);
+        let result = chains.into_iter().try_for_each(&mut put);
+        let result = result.and_then(|()| self.0.publish(&ring));
         self.unless_broken(&mut ring, result);
     }
 
@@ -337,7 +344,7 @@ impl Inner {
         })
     }
 
-    /// Fills the next entry of the used ring (§2.7.8).
+    /// Fills the next entry of the used ring (§2.7.8), which the driver does not see yet.
     fn put(&self, ring: &mut Ring, head: u16, written: u32) -> Result<(), Breach> {
         let entry = 4 + 8 * u64::from(ring.position.used % self.size);
         let mut element = [0; 8];
@@ -346,6 +353,11 @@ impl Inner {
         length.copy_from_slice(&written.to_le_bytes());
         self.ram.write(GuestPhysical(self.at.used.0.wrapping_add(entry)), &element)?;
         ring.position.used = ring.position.used.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the driver what was put into the used ring.
+    fn publish(&self, ring: &Ring) -> Result<(), Breach> {
         self.store(self.at.used, 2, ring.position.used, Ordering::Release)
     }
 

@@ -3,12 +3,12 @@ use crate::clock::MachineClock;
 use crate::config::MachineConfig;
 use crate::console::Output;
 use crate::cpu::CpuChoice;
-use crate::disks;
 use crate::error::VmmError;
 use crate::events::{Events, Stop, Wake};
 use crate::memory;
 use crate::platform::platform;
 use crate::vcpu::{VcpuContext, VcpuThread};
+use crate::{disks, nics};
 use arch::{CpuModel, GuestPhysical, VcpuState};
 use boot::BootRequest;
 use chipset::InterruptRouter;
@@ -260,6 +260,7 @@ fn wire_pci_devices(
 ) -> Result<(), MapError> {
     let devices = &config.devices;
     disks::wire(wiring, &devices.disks, config.vcpus, events)?;
+    nics::wire(wiring, &devices.nics, config.vcpus)?;
     if devices.rng {
         RngConfig.wire(wiring)?;
     }

@@ -2,6 +2,7 @@
 use crate::{Bytes, CpuChoice};
 use boot::{Image, Module};
 use disk::Disk;
+use net::Network;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,6 +37,8 @@ pub struct MachineConfig {
 pub struct DeviceConfig {
     /// Disks: the first is /dev/vda to Linux.
     pub disks: Vec<DiskConfig>,
+    /// Network cards.
+    pub nics: Vec<NicConfig>,
     /// A source of entropy.
     pub rng: bool,
     /// Folders of the host.
@@ -60,6 +63,20 @@ impl fmt::Debug for DiskConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (size, on_full) = (self.disk.size(), self.on_full);
         write!(f, "DiskConfig({:?}, {size} bytes, on_full: {on_full:?})", self.serial)
+    }
+}
+
+/// A network card.
+pub struct NicConfig {
+    /// What it is plugged into.
+    pub network: Arc<dyn Network>,
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+}
+
+impl fmt::Debug for NicConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NicConfig({:02x?})", self.mac)
     }
 }
 

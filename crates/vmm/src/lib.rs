@@ -18,6 +18,7 @@ mod error;
 mod events;
 mod machine;
 mod memory;
+mod nics;
 mod platform;
 mod shares;
 mod signals;
@@ -28,7 +29,9 @@ mod vcpu;
 pub use arch::Baseline;
 pub use board::check;
 pub use boot::{BootError, Image, Module};
-pub use config::{BootSource, DeviceConfig, DiskConfig, MachineConfig, OnFull, Serial, Stdio};
+pub use config::{
+    BootSource, DeviceConfig, DiskConfig, MachineConfig, NicConfig, OnFull, Serial, Stdio,
+};
 pub use control::{Command, MachineHandle, MachinePhase};
 pub use cpu::{CpuChoice, NotACpu, offered};
 pub use engine::{Engine, EngineError};

@@ -183,20 +183,22 @@ fn has_new(queue: &Queue, known: u16) -> bool {
     queue.waiting() > known
 }
 
-/// Writes a packet into chains that are large enough.
+/// Writes a packet into chains that are large enough. The driver sees them together: it takes the
+/// number of buffers in the header at its word (§5.1.6.4.1).
 fn fill(queue: &Queue, chains: Vec<Chain>, packet: &Packet<'_>) {
     let header = header::build(packet.offload, chains.len() as u16);
     let mut rest = packet.frame;
-    for (n, chain) in chains.into_iter().enumerate() {
+    let mut first = true;
+    queue.push_together(chains.into_iter().map(|chain| {
         let mut writer = chain.writer();
-        if n == 0 {
+        if std::mem::take(&mut first) {
             writer.write(&header);
         }
         let count = writer.write(rest);
         rest = rest.get(count..).unwrap_or_default();
         let written = writer.written();
-        queue.push_silently(chain, written);
-    }
+        (chain, written)
+    }));
     queue.interrupt();
 }
 

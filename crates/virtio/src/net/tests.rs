@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{RecordingNetwork, TestGuest};
+use crate::testing::{MemoryNetwork, TestGuest};
 use ::net::{Accepts, Checksum, Nic, Offload, Packet, SegmentKind, Segmentation};
 
 const MAC: Mac = [0x52, 0x54, 0, 1, 2, 3];
@@ -7,7 +7,7 @@ const MAC: Mac = [0x52, 0x54, 0, 1, 2, 3];
 const CONTROL: usize = 4;
 
 struct Rig {
-    network: Arc<RecordingNetwork>,
+    network: Arc<MemoryNetwork>,
     device: Net,
     guest: TestGuest,
 }
@@ -18,7 +18,7 @@ impl Rig {
     }
     /// A driver that does not accept these features.
     fn without(features: u64) -> Self {
-        let network = Arc::new(RecordingNetwork::default());
+        let network = Arc::new(MemoryNetwork::default());
         let config = NetConfig {
             name: "nic0".into(),
             network: network.clone(),
@@ -92,6 +92,30 @@ fn a_frame_is_received_into_one_buffer_or_several() {
     assert_eq!(used[0].data[10..12], [2, 0], "two buffers");
     assert_eq!([&used[0].data[12..], &used[1].data[..62]].concat(), frame);
     assert_eq!(rig.guest.transport.take_used(), [0], "one interrupt");
+}
+
+#[test]
+fn the_buffers_of_a_frame_appear_together() {
+    let mut rig = Rig::new();
+    for _ in 0..100 {
+        rig.guest.queues[0].add(&[], &[20]);
+    }
+    let used_index = device::GuestPhysical(rig.guest.queues[0].at.used.0 + 2);
+    let ram = rig.guest.ram.clone();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    std::thread::scope(|scope| {
+        let seen = scope.spawn(|| {
+            let mut seen = std::collections::BTreeSet::new();
+            while !done.load(order) {
+                seen.insert(ram.load::<u16>(used_index, order).unwrap());
+            }
+            seen
+        });
+        (0..20).for_each(|_| assert!(rig.receive(&tcp(MAC, 1, 2, 88))));
+        done.store(true, order);
+        assert!(seen.join().unwrap().iter().all(|index| index % 5 == 0), "five buffers each");
+    });
 }
 
 #[test]

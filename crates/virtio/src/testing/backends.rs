@@ -87,15 +87,20 @@ impl Disk for MemoryDisk {
     }
 }
 
-/// A network that remembers what the guest sends.
+/// Packets that a [`MemoryNetwork`] remembers.
+const REMEMBERED: usize = 1000;
+
+/// A network that remembers what the guest sends, and sends it back where it is told to.
 #[derive(Default)]
-pub struct RecordingNetwork {
+pub struct MemoryNetwork {
     sent: Mutex<Vec<(Vec<u8>, Offload)>>,
     nic: Mutex<Option<Arc<dyn Nic>>>,
+    /// Packets come back to the guest at once.
+    pub echoes: AtomicBool,
     rooms: AtomicUsize,
 }
 
-impl RecordingNetwork {
+impl MemoryNetwork {
     /// What was sent since the last call.
     pub fn take_sent(&self) -> Vec<(Vec<u8>, Offload)> {
         std::mem::take(&mut lock(&self.sent))
@@ -110,12 +115,19 @@ impl RecordingNetwork {
     }
 }
 
-impl Network for RecordingNetwork {
+impl Network for MemoryNetwork {
     fn plug(&self, nic: Option<Arc<dyn Nic>>) {
         *lock(&self.nic) = nic;
     }
     fn transmit(&self, packet: Packet<'_>) {
-        lock(&self.sent).push((packet.frame.to_vec(), packet.offload));
+        let mut sent = lock(&self.sent);
+        sent.truncate(REMEMBERED);
+        sent.push((packet.frame.to_vec(), packet.offload));
+        drop(sent);
+        let nic = self.nic().filter(|_| self.echoes.load(Ordering::SeqCst));
+        nic.iter().for_each(|nic| {
+            nic.receive(packet);
+        });
     }
     fn room(&self) {
         self.rooms.fetch_add(1, Ordering::SeqCst);

@@ -2,8 +2,9 @@
 //! remembers.
 #![allow(clippy::expect_used)] // The lint's exception for tests does not know helpers.
 mod backends;
+pub mod fuzz;
 
-pub use backends::{MemoryDisk, RecordingNetwork};
+pub use backends::{MemoryDisk, MemoryNetwork};
 
 use crate::queue::{Position, QueueAddresses};
 use crate::{Activation, Queue, Transport, VirtioDevice, feature};

@@ -1,5 +1,5 @@
 //! Attacks devices from the guest's side for as long as wanted:
-//! `cargo run --profile checked -p virtio --example fuzz -- --seconds 60 [--seed 1]`.
+//! `cargo run --profile checked -p virtio --example fuzz_requests -- --seconds 60 [--seed 1]`.
 //! A failure names the seed, with which it comes again, as far as threads allow.
 #![allow(clippy::unwrap_used, reason = "a failure is what it looks for")]
 #[path = "../tests/hostile/mod.rs"]
