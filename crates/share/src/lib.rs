@@ -9,7 +9,7 @@
 //! # Confinement
 //! The guest is the adversary, and so is whoever changes the folder meanwhile. The host's kernel
 //! is only ever given an open folder of the share and one name in it, which is neither `.` nor `..`
-//! nor has a slash, and never follows a symbolic link ([`O_PATH`, `O_NOFOLLOW`](mod@reopen)): links
+//! nor has a slash, and never follows a symbolic link (`O_PATH`, `O_NOFOLLOW`): links
 //! are text that the guest reads and follows by itself. So no sequence of requests, and no race,
 //! reaches what is not below the folder. Only regular files and folders are ever opened. Devices
 //! cannot be made, set-user-ID programs cannot be left behind, and a procfs below the folder is

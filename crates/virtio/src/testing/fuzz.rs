@@ -3,6 +3,7 @@
 //! [`attack`] takes any device; [`devices`] makes those of this crate. What it looks for shows by
 //! itself: a panic, a hang, or memory without bounds.
 use super::{MemoryDisk, MemoryNetwork};
+use crate::balloon::{Balloon, BalloonControl};
 use crate::blk::{Block, BlockConfig, OnFull};
 use crate::console::{Console, PortConfig, PortPeer};
 use crate::net::{Net, NetConfig};
@@ -55,6 +56,7 @@ pub fn devices() -> Vec<(&'static str, Maker)> {
             Box::new(Console::new(vec![port(None), port(Some("agent"))]))
         }),
         ("rng", || Box::new(Rng::new())),
+        ("balloon", || Box::new(Balloon::new(&BalloonControl::new(1 << 20)))),
     ]
 }
 

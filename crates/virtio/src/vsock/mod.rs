@@ -6,8 +6,8 @@
 //! with what listens at that port in the guest. A program in the guest that connects to the host
 //! (CID 2) and a port reaches what listens at `PATH_PORT`.
 //!
-//! [`exchange`] holds all connections, [`connection`] one of them, with its buffers and the credit
-//! that bounds them, and [`packet`] the headers. One thread does all of it, and waits for nobody.
+//! `exchange` holds all connections, `connection` one of them, with its buffers and the credit
+//! that bounds them, and `packet` the headers. One thread does all of it, and waits for nobody.
 mod connection;
 mod exchange;
 mod options;
