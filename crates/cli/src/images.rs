@@ -3,7 +3,8 @@ use crate::messages::{self, say};
 use crate::progress::Bar;
 use clap::{Args, Subcommand};
 use image::{
-    Boot, Catalogue, CatalogueError, Import, Listed, Name, PullError, Store, StoreError, pull,
+    Boot, Catalogue, CatalogueError, Import, Listed, Name, Origin, PullError, Store, StoreError,
+    pull,
 };
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -183,7 +184,15 @@ fn images(listed: &[Listed]) -> String {
 /// The table of the images that can be had.
 fn available(store: &Store, catalogue: &Catalogue) -> String {
     let rows = catalogue.entries().iter().map(|entry| {
-        let here = matches!(store.get(&entry.name), Ok(Some(_)));
+        let here = match (store.get(&entry.name), &entry.origin) {
+            (Ok(Some(image)), Origin::Recipe(recipe))
+                if image.recipe() != Some(&recipe.digest()) =>
+            {
+                "by another recipe"
+            }
+            (Ok(Some(_)), _) => "yes",
+            _ => "no",
+        };
         let aliases: Vec<String> = entry.aliases.iter().map(Name::to_string).collect();
         let here = if here { "yes" } else { "no" };
         [entry.name.to_string(), here.to_owned(), aliases.join(", "), entry.description.clone()]

@@ -6,7 +6,7 @@ use crate::initramfs::{BuildError, Builder};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 
-const INIT: &str = include_str!("../system/initrd.sh");
+pub(super) const INIT: &str = include_str!("../system/initrd.sh");
 /// What the root file system's disk needs.
 const DISK: [&str; 2] = ["virtio_pci", "virtio_blk"];
 /// What a seed disk needs beside that.

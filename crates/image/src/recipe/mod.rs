@@ -12,6 +12,7 @@ mod sources;
 use crate::apt::apt_says;
 use crate::catalogue::Recipe;
 use crate::error::AptSays;
+use crate::manifest::sha256;
 use crate::store::{Format, Image, Lock, Name, Parts, Staging, Store, StoreError};
 use crate::{ImageError, Programs, Progress};
 use output::Output;
@@ -151,6 +152,15 @@ pub enum RecipeError {
     },
 }
 
+impl Recipe {
+    /// Tells whether two images were built in the same way: the digest of the recipe and of all
+    /// that this version of Bivisor adds to it. The versions of packages are not in it.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        sha256(format!("{self:?} {FINISH} {FILES:?} {}", initrd::INIT).as_bytes())
+    }
+}
+
 /// Builds an image, and puts it in the store under a name.
 pub(crate) fn build(
     store: &Store,
@@ -164,7 +174,7 @@ pub(crate) fn build(
         let path = store.path().to_path_buf();
         return Err(StoreError::DiskFull { path, needed: NEEDED }.into());
     }
-    let sources = sources::of(programs, recipe)?;
+    let sources = sources::of(programs, recipe, progress)?;
     let staging = Staging::new(store, lock)?;
     let uuid = uuid()?;
     let failed = |source| StoreError::file(staging.folder(), "write the build's files", source);
@@ -197,11 +207,16 @@ pub(crate) fn build(
         return Err(failure(name, &output.tail()));
     }
     drop((disk, found));
-    finish(staging, name, &uuid)
+    finish(staging, name, recipe, &uuid)
 }
 
 /// Makes the image of what mmdebstrap's hook left.
-fn finish(staging: Staging<'_>, name: &Name, uuid: &str) -> Result<Image, RecipeError> {
+fn finish(
+    staging: Staging<'_>,
+    name: &Name,
+    recipe: &Recipe,
+    uuid: &str,
+) -> Result<Image, RecipeError> {
     let path = staging.folder().join(FOUND);
     let missing = |source| RecipeError::Initrd { name: name.clone(), source };
     let file = File::open(&path)
@@ -210,6 +225,7 @@ fn finish(staging: Staging<'_>, name: &Name, uuid: &str) -> Result<Image, Recipe
     let parts = Parts {
         initrd: Some(built.initrd().map_err(missing)?),
         cmdline: Some(format!("root=UUID={uuid} rw quiet")),
+        recipe: Some(recipe.digest()),
         quick_seed: true,
         kernel: Some(built.kernel),
     };

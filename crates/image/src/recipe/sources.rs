@@ -1,8 +1,9 @@
 //! Where the machine's apt has packages from, as lines of a sources.list for the new system.
 
 use super::RecipeError;
+use crate::apt::Apt;
 use crate::catalogue::Recipe;
-use crate::{ImageError, Programs};
+use crate::{ImageError, Programs, Progress};
 use std::path::Path;
 
 /// What is asked of apt about each of its lists, one line each.
@@ -18,8 +19,8 @@ const SETTINGS: [&str; 4] =
 /// Where packages come from.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Sources {
-    /// Lines of sources.list(5). None where the machine has no such distribution: mmdebstrap
-    /// then knows where Debian is.
+    /// Lines of sources.list(5). None where the machine has another distribution: mmdebstrap
+    /// knows where Debian is.
     pub lines: Vec<String>,
     /// Settings of apt.conf(5).
     pub options: Vec<String>,
@@ -33,20 +34,29 @@ struct Listed<'a> {
 }
 
 /// The machine's sources of a recipe's distribution, for the recipe's suite.
-pub(super) fn of(programs: &Programs, recipe: &Recipe) -> Result<Sources, RecipeError> {
+pub(super) fn of(
+    programs: &Programs,
+    recipe: &Recipe,
+    progress: &mut dyn Progress,
+) -> Result<Sources, RecipeError> {
     if !Path::new(&recipe.keyring).exists() {
         return Err(RecipeError::NoKeyring {
             distribution: recipe.distribution.clone(),
             keyring: recipe.keyring.clone(),
         });
     }
+    let apt = Apt::new(programs);
+    // Only its lists say whose packages a place has.
+    let has_lists = apt.has_lists().map_err(|error| match error {
+        // mmdebstrap brings it along.
+        ImageError::NoProgram { .. } => RecipeError::NoMmdebstrap,
+        error => error.into(),
+    })?;
+    if !has_lists {
+        apt.refresh(progress)?;
+    }
     let arguments = ["indextargets", "--format", FIELDS, "Created-By: Packages"];
-    let lists = match programs.output("apt-get", &arguments) {
-        Ok(output) => output.stdout,
-        // mmdebstrap brings apt along; that it is missing as well is told when it is called.
-        Err(ImageError::NoProgram { .. }) => return Err(RecipeError::NoMmdebstrap),
-        Err(error) => return Err(error.into()),
-    };
+    let lists = programs.output("apt-get", &arguments)?.stdout;
     let settings = programs.output("apt-config", &["dump"])?.stdout;
     Ok(Sources {
         lines: lines(&String::from_utf8_lossy(&lists), recipe),

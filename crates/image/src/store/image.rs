@@ -39,6 +39,8 @@ pub(crate) struct Record {
     pub kernel: Option<Sum>,
     pub initrd: Option<Sum>,
     pub cmdline: Option<String>,
+    /// The digest of the recipe that it was built by.
+    pub recipe: Option<String>,
     /// Whether the initramfs reads the quick seed.
     pub quick_seed: bool,
 }
@@ -67,6 +69,7 @@ impl Record {
             kernel: None,
             initrd: None,
             cmdline: None,
+            recipe: None,
             quick_seed: false,
         }
     }
@@ -155,6 +158,12 @@ impl Image {
     #[must_use]
     pub fn cmdline(&self) -> Option<&str> {
         self.record.cmdline.as_deref()
+    }
+
+    /// The digest of the recipe that it was built by, if it was built ([`crate::Recipe::digest`]).
+    #[must_use]
+    pub fn recipe(&self) -> Option<&str> {
+        self.record.recipe.as_deref()
     }
 
     /// How it can be told things.

@@ -86,7 +86,7 @@ impl Boot {
             kernel: Some(read(&self.kernel)?),
             initrd: self.initrd.as_deref().map(read).transpose()?,
             cmdline: Some(self.cmdline.clone()),
-            quick_seed: false,
+            ..Parts::default()
         })
     }
 }

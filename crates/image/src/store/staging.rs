@@ -24,6 +24,7 @@ pub(crate) struct Parts {
     pub kernel: Option<Vec<u8>>,
     pub initrd: Option<Vec<u8>>,
     pub cmdline: Option<String>,
+    pub recipe: Option<String>,
     pub quick_seed: bool,
 }
 
@@ -72,6 +73,7 @@ impl<'a> Staging<'a> {
         let sum = sum.map_or_else(|| copy::sum(&path), Ok).map_err(failed)?;
         let mut record = Record::new(description, format, sum);
         record.cmdline = parts.cmdline;
+        record.recipe = parts.recipe;
         record.quick_seed = parts.quick_seed;
         record.kernel = parts.kernel.map(|kernel| self.write(KERNEL, &kernel)).transpose()?;
         record.initrd = parts.initrd.map(|initrd| self.write(INITRD, &initrd)).transpose()?;
