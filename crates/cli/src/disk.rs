@@ -6,9 +6,8 @@ use crate::progress::ByteBar;
 use clap::{Args, Subcommand, ValueEnum};
 use disk::convert::{self, Progress};
 use disk::format::{self, OpenOptions};
-use disk::qcow2::{Qcow2, Repair, Shrink};
-use disk::raw::Raw;
-use disk::{Disk, DiskError, FileOptions, Format, ImageFile, Lock, overlay};
+use disk::qcow2::{Repair, Shrink};
+use disk::{Disk, DiskError, FileOptions, Format, ImageFile, Lock, manage, overlay};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,7 +22,7 @@ pub enum DiskCommand {
     Create(Create),
     /// Say what an image is.
     Info(Info),
-    /// Look for damage in a qcow2 image, and put it right if asked.
+    /// Look for damage in an image, and put it right if asked.
     ///
     /// Ends with status 0 where nothing is wrong, 2 where there are errors, 3 where space is lost
     /// but no data.
@@ -65,8 +64,8 @@ pub struct Info {
 /// Options of `bv disk check`.
 #[derive(Debug, Args)]
 pub struct Check {
-    /// The image.
-    path: PathBuf,
+    #[command(flatten)]
+    image: ImageArgs,
     /// Put right what is wrong: lost space only, or everything that can be.
     #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "all")]
     repair: Option<RepairArg>,
@@ -100,7 +99,7 @@ pub struct Resize {
     image: ImageArgs,
     /// The new size, as 10GiB.
     size: Bytes,
-    /// Allow a smaller size, which cuts off the disk's end; qcow2 images refuse to lose data.
+    /// Allow a smaller size, which cuts off the disk's end where there is no data.
     #[arg(long)]
     shrink: bool,
 }
@@ -126,13 +125,6 @@ struct ImageArgs {
 impl ImageArgs {
     fn open(&self, options: OpenOptions) -> Result<Box<dyn Disk>, DiskError> {
         format::open(&self.path, self.format, options)
-    }
-
-    fn format(&self) -> Result<Format, DiskError> {
-        match self.format {
-            Some(format) => Ok(format),
-            None => Format::detect(&ImageFile::open(&self.path, inspecting())?),
-        }
     }
 }
 
@@ -182,7 +174,7 @@ fn create(options: &Create) -> Result<ExitCode, DiskError> {
         (Some((below, below_format)), size) => {
             overlay::create(path, below, below_format)?;
             if let Some(size) = size {
-                open_qcow2(path, OpenOptions::write())?.resize(size.0, Shrink::IfUnused)?;
+                manage::resize(path, Some(Format::Qcow2), size.0, Shrink::IfUnused)?;
             }
         }
     }
@@ -190,8 +182,8 @@ fn create(options: &Create) -> Result<ExitCode, DiskError> {
 }
 
 fn info(options: &Info) -> Result<ExitCode, DiskError> {
-    let format = options.image.format()?;
-    messages::print(&report::describe(&options.image.path, format)?);
+    let ImageArgs { path, format } = &options.image;
+    messages::print(&report::describe(path, &manage::info(path, *format)?));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -201,8 +193,9 @@ fn check(options: &Check) -> Result<ExitCode, DiskError> {
         Some(RepairArg::Leaks) => Repair::Leaks,
         Some(RepairArg::All) => Repair::Everything,
     };
-    let report = Qcow2::check(&options.path, repair, FileOptions::read())?;
-    messages::print(&report::checked(&options.path, &report));
+    let ImageArgs { path, format } = &options.image;
+    let report = manage::check(path, *format, repair)?;
+    messages::print(&report::checked(path, &report));
     Ok(match (report.errors, report.leaks) {
         (0, 0) => ExitCode::SUCCESS,
         (0, _) => ExitCode::from(HAS_LEAKS),
@@ -218,32 +211,8 @@ fn convert(options: &Convert) -> Result<ExitCode, DiskError> {
 }
 
 fn resize(options: &Resize) -> Result<ExitCode, DiskError> {
-    let Resize { image, size, shrink } = options;
-    let invalid =
-        |problem: String| DiskError::Invalid { file: image.path.display().to_string(), problem };
-    let format = image.format()?;
-    match format {
-        Format::Qcow2 => {
-            let how = if *shrink { Shrink::IfUnused } else { Shrink::Refuse };
-            open_qcow2(&image.path, OpenOptions::write())?.resize(size.0, how)?;
-        }
-        Format::Raw => {
-            let mut raw = Raw::open(&image.path, FileOptions::write())?;
-            if size.0 < raw.size() && !shrink {
-                return Err(invalid(format!(
-                    "it has {} bytes, and a smaller size cuts off its end; say so with --shrink",
-                    raw.size()
-                )));
-            }
-            raw.resize(size.0)?;
-        }
-        other => {
-            return Err(invalid(format!(
-                "{other} images keep their size; convert it with `bv disk convert --to qcow2`, \
-                 which can change it"
-            )));
-        }
-    }
+    let shrink = if options.shrink { Shrink::IfUnused } else { Shrink::Refuse };
+    manage::resize(&options.image.path, options.image.format, options.size.0, shrink)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -262,10 +231,6 @@ fn compact(options: &Compact) -> Result<ExitCode, DiskError> {
 /// Bytes that an image takes up on the host.
 fn host_bytes(path: &Path) -> Result<u64, DiskError> {
     ImageFile::open(path, inspecting())?.allocated()
-}
-
-fn open_qcow2(path: &Path, options: OpenOptions) -> Result<Qcow2, DiskError> {
-    Qcow2::open(path, options.file, &|name| format::open_backing(path, name, options))
 }
 
 /// Shows progress, and has Ctrl-C end the work in good order.

@@ -194,7 +194,6 @@ fn available(store: &Store, catalogue: &Catalogue) -> String {
             _ => "no",
         };
         let aliases: Vec<String> = entry.aliases.iter().map(Name::to_string).collect();
-        let here = if here { "yes" } else { "no" };
         [entry.name.to_string(), here.to_owned(), aliases.join(", "), entry.description.clone()]
     });
     table(["NAME", "HERE", "ALSO CALLED", "WHAT"], rows)

@@ -20,9 +20,9 @@
 pub mod balloon;
 pub mod blk;
 pub mod chain;
+pub mod console;
 mod discard;
 pub mod fs;
-pub mod console;
 pub mod net;
 pub mod pci;
 pub mod queue;

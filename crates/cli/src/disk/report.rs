@@ -1,37 +1,28 @@
 //! What `bv disk info` and `bv disk check` say.
-use super::inspecting;
-use disk::format::{self, OpenOptions};
-use disk::qcow2::{CheckReport, Info, Qcow2, Version};
-use disk::{DiskError, Format, ImageFile};
+use disk::manage;
+use disk::qcow2::{CheckReport, Info, Version};
 use std::fmt::Write as _;
 use std::path::Path;
 use vmm::Bytes;
 
 /// What an image is, a line for each fact.
-pub fn describe(path: &Path, format: Format) -> Result<String, DiskError> {
+pub fn describe(path: &Path, info: &manage::Info) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{name:<14} {value}");
     };
     line("image", path.display().to_string());
-    match format {
-        Format::Qcow2 => {
-            let info = Qcow2::info(path, inspecting())?;
-            line("format", format!("qcow2, version {}", number(info.version)));
-            line("disk size", exact(info.size));
-            line("on the host", rounded(info.allocated));
-            qcow2(&info, &mut line);
-        }
-        other => {
-            let options = OpenOptions { file: inspecting(), ..OpenOptions::read() };
-            let size = format::open(path, Some(other), options)?.size();
-            line("format", other.to_string());
-            line("disk size", exact(size));
-            line("on the host", rounded(ImageFile::open(path, inspecting())?.allocated()?));
-        }
+    match &info.qcow2 {
+        Some(qcow2) => line("format", format!("qcow2, version {}", number(qcow2.version))),
+        None => line("format", info.format.to_string()),
     }
-    Ok(text)
+    line("disk size", exact(info.size));
+    line("on the host", rounded(info.allocated));
+    if let Some(info) = &info.qcow2 {
+        qcow2(info, &mut line);
+    }
+    text
 }
 
 fn qcow2(info: &Info, line: &mut impl FnMut(&str, String)) {

@@ -4,14 +4,14 @@ use crate::args::Run;
 use crate::progress::Bar;
 use ::disk::format::{Backing, OpenOptions};
 use ::disk::memory::MemoryDisk;
-use ::disk::qcow2::{Qcow2, Shrink};
-use ::disk::{Disk, format};
+use ::disk::qcow2::Shrink;
+use ::disk::{Disk, Format, format, manage};
 use host::{Machine, MachineName, Machines};
 use image::seed::{Mount, Seed};
 use image::{Catalogue, Hold, Image, Store};
 use std::path::Path;
 use std::sync::Arc;
-use vmm::{BootSource, DiskConfig, OnFull};
+use vmm::{BootSource, Bytes, DiskConfig, OnFull};
 
 /// What the kernels of images are told beside where their root is: the console is ours, and only
 /// errors are worth a line.
@@ -68,15 +68,18 @@ fn by_id(store: &Store, id: &str) -> Result<Option<Image>, RunError> {
 
 /// The machine's own disk.
 fn root(machine: &Machine, arguments: &Run) -> Result<DiskConfig, RunError> {
-    let (path, options) = (machine.disk(), OpenOptions::write());
-    let find = |name: &_| format::open_backing(&path, name, options);
-    let mut disk = Qcow2::open(&path, options.file, &find).map_err(RunError::MachineDisk)?;
-    if let Some(size) = arguments.disk_size
-        && size.0 > disk.size()
-    {
-        disk.resize(size.0, Shrink::Refuse).map_err(RunError::MachineDisk)?;
-    }
-    Ok(config(Arc::new(disk), "root"))
+    let open = |path: &Path| {
+        let disk = format::open(path, Some(Format::Qcow2), OpenOptions::write())?;
+        match arguments.disk_size {
+            Some(Bytes(size)) if size > disk.size() => {
+                drop(disk);
+                manage::resize(path, Some(Format::Qcow2), size, Shrink::Refuse)?;
+                format::open(path, Some(Format::Qcow2), OpenOptions::write())
+            }
+            _ => Ok(disk),
+        }
+    };
+    Ok(config(open(&machine.disk()).map_err(RunError::MachineDisk)?.into(), "root"))
 }
 
 fn config(disk: Arc<dyn Disk>, serial: &str) -> DiskConfig {
