@@ -288,8 +288,11 @@ impl Core {
         let guest = IpAddr::V4(self.policy.layout.guest4(0));
         let mac = self.neighbors.find(guest);
         listener.waiting = false;
+        // Where others only get their turn in between, there is nothing to wait for.
+        let mut again = now;
         for _ in 0..ACCEPTS {
             if self.tcp.is_full() {
+                again = now + RETRY;
                 break;
             }
             match host::accept(&listener.socket) {
@@ -306,11 +309,14 @@ impl Core {
                 Err(Errno::AGAIN) => return,
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 // The process has no more sockets. The client waits.
-                Err(_) => break,
+                Err(_) => {
+                    again = now + RETRY;
+                    break;
+                }
             }
         }
         listener.waiting = true;
-        self.retry = Some(self.retry.map_or(now + RETRY, |retry| retry.min(now + RETRY)));
+        self.retry = Some(self.retry.map_or(again, |retry| retry.min(again)));
     }
 
     /// Does what is due.

@@ -8,10 +8,14 @@ use rustix::net::{
 };
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 512;
+/// After so long a silent peer is asked, and again, nine times in all (tcp_keepalive_probes).
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(120);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Which socket an event is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,9 +73,13 @@ pub(crate) fn connect(remote: SocketAddr) -> Result<OwnedFd, Errno> {
 }
 
 /// Options of every stream: the guest's stack decides when to wait for more data, and urgent data
-/// stays in its place among the other.
+/// stays in its place among the other. The host asks a silent peer whether it is still there, as
+/// the guest's own question ends here.
 fn prepare_stream(socket: &OwnedFd) -> Result<(), Errno> {
     sockopt::set_tcp_nodelay(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(socket, KEEPALIVE_INTERVAL)?;
+    sockopt::set_socket_keepalive(socket, true)?;
     sockopt::set_socket_oobinline(socket, true)
 }
 
@@ -147,7 +155,7 @@ pub(crate) fn local_address(socket: &OwnedFd) -> Result<SocketAddr, Errno> {
 /// Ends a connection with a reset instead of the orderly way.
 pub(crate) fn reset(socket: OwnedFd) {
     // Where the option is refused there is no connection that could be reset.
-    let _ = sockopt::set_socket_linger(&socket, Some(std::time::Duration::ZERO));
+    let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
 }
 
 /// Whether an address is one of the host's own, loopback included: only to those can be bound.

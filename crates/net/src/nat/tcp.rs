@@ -381,11 +381,11 @@ impl Tcp {
                     self.next_scan = self.next_scan.min(flow.deadline);
                     enqueue(&mut self.queue, name, flow);
                 }
-                Ok(Turn::Refused) => {
+                Ok(turn @ (Turn::Refused | Turn::Full)) => {
                     self.next_scan = self.next_scan.min(flow.deadline);
                     flow.queued = true;
                     self.queue.push_front(name);
-                    return false;
+                    return turn == Turn::Full;
                 }
                 Err(end) => self.settle(name, Err(end), context),
             }

@@ -3,7 +3,7 @@ use super::config::{Layout, NatConfig};
 use super::core::Core;
 use super::host::Token;
 use crate::poller::Poller;
-use crate::wire::ip::{Ip, Pair, TCP};
+use crate::wire::ip::{ICMP, Ip, Pair, TCP};
 use crate::wire::tcp::{ACK, FIN, Fields, RST, SYN, Segment, Seq};
 use crate::wire::{Ethernet, Headers, Mac};
 use crate::{Accepts, Nic, Offload, Packet};
@@ -253,4 +253,27 @@ fn what_comes_out_of_order_or_twice_is_taken_once() {
     let mut all = String::new();
     bench.stream.read_to_string(&mut all).unwrap();
     assert_eq!(all, "abcdefghi");
+}
+
+#[test]
+fn a_full_outbox_is_not_taken_for_a_card_without_room() {
+    let mut bench = Bench::new(2000);
+    let addresses = Pair::V4 { source: bench.layout.guest4(0), destination: bench.layout.gateway4 };
+    let mut headers = Headers::new(bench.layout.mac, MAC, addresses.ethertype());
+    headers.ip(addresses, ICMP, 64, 1400);
+    let mut echo = headers.as_slice().to_vec();
+    echo.push(8);
+    echo.resize(headers.len() + 1400, 0);
+    for _ in 0..2000 {
+        let packet = Packet { frame: &echo, offload: Offload::default() };
+        bench.core.guest_frame(&packet, bench.now);
+    }
+    let data = frame(&bench.layout, bench.port, ACK, bench.next, bench.expected, 2000, b"abc");
+    bench.core.guest_frame(&Packet { frame: &data, offload: Offload::default() }, bench.now);
+    // The card is not asked, so it has refused nothing.
+    assert!(bench.core.turns(&bench.card, usize::MAX, bench.now));
+    assert!(bench.core.has_work());
+    bench.core.take_outbox();
+    bench.turns();
+    assert_eq!(bench.take().last().unwrap().ack, bench.next + 3);
 }

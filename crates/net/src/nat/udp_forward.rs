@@ -24,13 +24,15 @@ pub(crate) struct UdpForward {
     pub guest_port: u16,
     /// It has something that waits for room on the way to the guest.
     pub pending: bool,
+    buffer: Vec<u8>,
     /// By how the guest sees them.
     peers: HashMap<SocketAddr, (SocketAddr, Instant)>,
 }
 
 impl UdpForward {
     pub fn new(socket: OwnedFd, guest_port: u16) -> Self {
-        Self { socket, guest_port, pending: false, peers: HashMap::new() }
+        let (buffer, peers) = (vec![0; LARGEST], HashMap::new());
+        Self { socket, guest_port, pending: false, buffer, peers }
     }
 
     /// Passes on a datagram of the guest's, if it answers a sender of this forward.
@@ -63,13 +65,26 @@ impl UdpForward {
         outbox: &mut Outbox,
         now: Instant,
     ) {
-        let mut buffer = vec![0; LARGEST];
         self.pending = false;
+        // Out of the forward while it is read into, so that both can be borrowed.
+        let mut buffer = std::mem::take(&mut self.buffer);
+        self.receive_into(&mut buffer, policy, neighbors, outbox, now);
+        self.buffer = buffer;
+    }
+
+    fn receive_into(
+        &mut self,
+        buffer: &mut [u8],
+        policy: &Policy,
+        neighbors: &Neighbors,
+        outbox: &mut Outbox,
+        now: Instant,
+    ) {
         for _ in 0..TURN {
             if !outbox.has_room() {
                 break;
             }
-            match host::receive(&self.socket, &mut buffer) {
+            match host::receive(&self.socket, buffer) {
                 Ok((length, from)) => {
                     let message = buffer.get(..length).unwrap_or_default();
                     self.pass_on(message, from, policy, neighbors, outbox, now);

@@ -67,6 +67,27 @@ fn two_thousand_connections_one_after_the_other_are_all_served() {
 }
 
 #[test]
+fn three_hundred_clients_at_once_are_all_served() {
+    let (mut guest, bound) = guest(&["127.0.0.1:0:80"]);
+    let (done, wait) = mpsc::channel();
+    let client = std::thread::spawn(move || {
+        let mut streams: Vec<TcpStream> =
+            (0..300).map(|_| TcpStream::connect(bound[0]).unwrap()).collect();
+        for (n, stream) in streams.iter_mut().enumerate() {
+            stream.write_all(&(n as u32).to_be_bytes()).unwrap();
+        }
+        for (n, stream) in streams.iter_mut().enumerate() {
+            let mut answer = [0; 4];
+            stream.read_exact(&mut answer).unwrap();
+            assert_eq!(answer, (n as u32).to_be_bytes());
+        }
+        done.send(()).unwrap();
+    });
+    echo_until(&mut guest, 320, &wait);
+    client.join().unwrap();
+}
+
+#[test]
 fn a_client_that_comes_before_the_guest_is_up_is_served_when_it_is() {
     let (mut guest, bound) = guest(&["127.0.0.1:0:80", "[::1]:0:80"]);
     let (done, wait) = mpsc::channel();

@@ -24,6 +24,8 @@ pub(crate) enum Turn {
     More,
     /// The card has no room.
     Refused,
+    /// The outbox has no room: it is to be emptied first.
+    Full,
 }
 
 /// Where segments go.
@@ -38,9 +40,8 @@ pub(crate) struct Port<'a> {
 impl Flow {
     /// Sends what there is to send.
     pub fn turn(&mut self, port: &mut Port<'_>) -> Result<Turn, End> {
-        let waits = (self.syn_due || self.probe_due || self.ack_due) && !port.outbox.has_room();
-        if waits {
-            return Ok(Turn::Refused);
+        if (self.syn_due || self.probe_due || self.ack_due) && !port.outbox.has_room() {
+            return Ok(Turn::Full);
         }
         if self.syn_due {
             self.send_syn(port.outbox);
