@@ -11,8 +11,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 use vmm::{
     BalloonControl, BootError, BootSource, DeviceConfig, Engine, EngineError, Host, Image, Machine,
-    MachineConfig, Module, Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals,
-    VmmError, VsockHost,
+    MachineConfig, Module, Mount, Notice, Outcome, Selection, Serial, Stdio, StopCause,
+    StopSignals, VmmError, VsockHost,
 };
 
 /// The command line of Debian's kernel: its console is ours, and only errors are worth a line.
@@ -108,6 +108,7 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     if keyboard {
         say(&introduction(&guest, &arguments, engine.as_ref()));
     }
+    arguments.mounts.iter().enumerate().for_each(|(n, mount)| say(&mount_hint(n, mount)));
     // Before the terminal is changed, so that a signal finds someone to restore it.
     let signals = StopSignals::catch().map_err(RunError::Signals)?;
     let raw = if keyboard {
@@ -171,6 +172,13 @@ fn introduction(guest: &str, arguments: &Run, engine: &dyn Engine) -> String {
     )
 }
 
+/// How a guest that is told nothing at its start mounts a shared folder.
+fn mount_hint(number: usize, mount: &Mount) -> String {
+    let host = mount.host.display();
+    let options = if mount.read_only { " -o ro" } else { "" };
+    format!("in the guest, {host} is: mount -t virtiofs{options} share{number} {}", mount.guest)
+}
+
 /// Whether the guest's console is the user's keyboard.
 fn uses_keyboard(serial: &SerialArg) -> bool {
     *serial == SerialArg::Stdio && terminal::is_ours(rustix::stdio::stdin())
@@ -228,6 +236,14 @@ fn module(text: &str) -> Result<Module, BootError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shared_folder_comes_with_the_command_that_mounts_it() {
+        let hint = |text: &str| mount_hint(1, &text.parse().unwrap());
+        let command = "in the guest, /a is: mount -t virtiofs -o ro share1 /b";
+        assert_eq!(hint("/a:/b:ro"), command);
+        assert_eq!(hint("/a:/b"), command.replace(" -o ro", ""));
+    }
 
     #[test]
     fn the_debug_exit_status_is_odd_and_holds_the_value() {
