@@ -20,6 +20,7 @@
 pub mod balloon;
 pub mod blk;
 pub mod chain;
+pub mod console;
 mod discard;
 pub mod fs;
 pub mod net;

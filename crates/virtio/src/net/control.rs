@@ -59,7 +59,7 @@ impl Settings {
         match ((class, number), data) {
             (command::PROMISCUOUS, [on]) => self.promiscuous = *on != 0,
             (command::ALL_MULTICAST, [on]) => self.all_multicast = *on != 0,
-            (command::MAC_ADDRESS, [mac @ ..]) => match mac.try_into() {
+            (command::MAC_ADDRESS, mac) => match mac.try_into() {
                 Ok(mac) => self.mac = mac,
                 Err(_) => return false,
             },
