@@ -3,7 +3,7 @@ use crate::attributes::permitted;
 use crate::handles::Handle;
 use crate::inodes::{Inode, NodeId};
 use crate::protocol::{FSYNC_DATA, OPEN_KILL_SUIDGID, WRITE_CACHE, WRITE_KILL_SUIDGID};
-use crate::server::{Header, MAX_DATA, Server};
+use crate::server::{MAX_DATA, Server};
 use crate::wire::{Outcome, Reader, Reply};
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
@@ -63,15 +63,15 @@ impl Server {
 
     pub(crate) fn open(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
         let flags = host_flags(reader.u32()?)?;
         let kill = reader.u32()? & OPEN_KILL_SUIDGID != 0;
         self.handles.check_room()?;
-        let inode = self.inodes.get(header.node)?;
-        self.finish_open(header.node, &inode, flags, kill, reply)
+        let inode = self.inodes.get(node)?;
+        self.finish_open(node, &inode, flags, kill, reply)
     }
 
     fn finish_open(
@@ -96,7 +96,7 @@ impl Server {
     /// What is there is opened only after it is known to be a file: a FIFO would never answer.
     pub(crate) fn create(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
@@ -107,18 +107,18 @@ impl Server {
         let name = reader.name()?;
         let flags = host_flags(guest_flags)?;
         self.handles.check_room()?;
-        let folder = self.folder(header.node)?;
+        let folder = self.folder(node)?;
         let new = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::openat(&folder, name, new, Mode::from_raw_mode(wanted)) {
             Ok(file) => {
-                let (node, _) = self.tell(header.node, name, Some(wanted), reply)?;
+                let (node, _) = self.tell(node, name, Some(wanted), reply)?;
                 let number = self.handles.add(node, flags - OFlags::TRUNC, Handle::File(file));
                 reply.u64(self.or_forget(node, number)?);
                 reply.zeroes(8);
                 Ok(())
             }
             Err(Errno::EXIST) if guest_flags & OFlags::EXCL.bits() == 0 => {
-                let (node, inode) = self.tell(header.node, name, None, reply)?;
+                let (node, inode) = self.tell(node, name, None, reply)?;
                 let opened = self.finish_open(node, &inode, flags, kill, reply);
                 self.or_forget(node, opened)
             }

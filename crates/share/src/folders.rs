@@ -3,7 +3,7 @@ use crate::attributes::ENTRY_OUT;
 use crate::handles::Handle;
 use crate::inodes::NodeId;
 use crate::protocol::UNKNOWN_INODE;
-use crate::server::{Header, Server};
+use crate::server::Server;
 use crate::wire::{Outcome, Reader, Reply};
 use rustix::fs::{FileType, OFlags, RawDir, RawDirEntry, SeekFrom};
 use rustix::io::Errno;
@@ -22,12 +22,12 @@ fn padded(length: usize) -> usize {
 }
 
 impl Server {
-    pub(crate) fn open_folder(&self, header: Header, reply: &mut Reply<'_>) -> Outcome {
+    pub(crate) fn open_folder(&self, node: NodeId, reply: &mut Reply<'_>) -> Outcome {
         self.handles.check_room()?;
-        let inode = self.folder(header.node)?;
+        let inode = self.folder(node)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let handle = Handle::Folder(self.reopen.open(&inode, flags)?, Mutex::new(Some(0)));
-        reply.u64(self.handles.add(header.node, OFlags::DIRECTORY, handle)?);
+        reply.u64(self.handles.add(node, OFlags::DIRECTORY, handle)?);
         reply.zeroes(8);
         Ok(())
     }
@@ -36,7 +36,7 @@ impl Server {
     /// from the position that the guest names: one that came with an entry before.
     pub(crate) fn read_folder(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
         plus: bool,
@@ -68,7 +68,7 @@ impl Server {
             if reply.bytes.len() + length > end {
                 return if reply.bytes.len() > first { Ok(()) } else { Err(Errno::INVAL) };
             }
-            self.add_entry(header.node, &entry, reply, plus);
+            self.add_entry(node, &entry, reply, plus);
             at = next;
         }
         *position = Some(at);

@@ -5,7 +5,7 @@ use crate::handles::Handle;
 use crate::inodes::{Inode, NodeId};
 use crate::protocol::{GETATTR_HANDLE, set};
 use crate::reopen::Reopen;
-use crate::server::{Header, Server};
+use crate::server::Server;
 use crate::wire::{Outcome, Reader, Reply};
 use rustix::fs::{FileType, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, XattrFlags};
 use rustix::io::Errno;
@@ -68,7 +68,7 @@ impl Changes {
 impl Server {
     pub(crate) fn get_attributes(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
@@ -77,7 +77,7 @@ impl Server {
         let found = if flags & GETATTR_HANDLE != 0 {
             attributes::of(self.handles.get(reader.u64()?)?.fd())?
         } else {
-            attributes::of(&self.inodes.get(header.node)?.fd)?
+            attributes::of(&self.inodes.get(node)?.fd)?
         };
         self.ownership.write_attr_out(reply, &found);
         Ok(())
@@ -85,14 +85,14 @@ impl Server {
 
     pub(crate) fn set_attributes(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
         let changes = Changes::take(reader)?;
         let handle =
             if changes.has(set::HANDLE) { Some(self.handles.get(changes.handle)?) } else { None };
-        let inode = self.inodes.get(header.node)?;
+        let inode = self.inodes.get(node)?;
         if changes.has(set::UID | set::GID) {
             self.give_away(&inode)?;
         }
@@ -146,8 +146,8 @@ impl Server {
         }
     }
 
-    pub(crate) fn stat_filesystem(&self, header: Header, reply: &mut Reply<'_>) -> Outcome {
-        let inode = self.inodes.get(header.node).or_else(|_| self.inodes.get(NodeId::ROOT))?;
+    pub(crate) fn stat_filesystem(&self, node: NodeId, reply: &mut Reply<'_>) -> Outcome {
+        let inode = self.inodes.get(node).or_else(|_| self.inodes.get(NodeId::ROOT))?;
         let found = rustix::fs::fstatvfs(&inode.fd)?;
         let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
         for value in [found.f_blocks, found.f_bfree, found.f_bavail, found.f_files, found.f_ffree] {
@@ -162,8 +162,8 @@ impl Server {
 
     /// The inode of a request about extended attributes, as a path. Links and special files have
     /// none of the kind that is shared.
-    fn with_xattrs(&self, header: Header) -> Outcome<(Inode, String)> {
-        let inode = self.inodes.get(header.node)?;
+    fn with_xattrs(&self, node: NodeId) -> Outcome<(Inode, String)> {
+        let inode = self.inodes.get(node)?;
         match inode.kind {
             FileType::RegularFile | FileType::Directory => {
                 let path = Reopen::path(&inode.fd);
@@ -173,7 +173,7 @@ impl Server {
         }
     }
 
-    pub(crate) fn set_xattr(&self, header: Header, reader: &mut Reader<'_>) -> Outcome {
+    pub(crate) fn set_xattr(&self, node: NodeId, reader: &mut Reader<'_>) -> Outcome {
         let (size, flags) = (reader.u32()?, reader.u32()?);
         let name = user_name(reader)?;
         let value = reader.rest();
@@ -184,20 +184,20 @@ impl Server {
         if value.len() > XATTR_MAX {
             return Err(Errno::TOOBIG);
         }
-        let (_inode, path) = self.with_xattrs(header)?;
+        let (_inode, path) = self.with_xattrs(node)?;
         rustix::fs::setxattr(path, name, value, flags)
     }
 
     pub(crate) fn get_xattr(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
         let size = reader.u32()? as usize;
         reader.skip(4)?;
         let name = user_name(reader)?;
-        let (_inode, path) = self.with_xattrs(header)?;
+        let (_inode, path) = self.with_xattrs(node)?;
         if size == 0 {
             // At most XATTR_MAX.
             reply.u32(rustix::fs::getxattr_query(path, name)? as u32);
@@ -212,12 +212,12 @@ impl Server {
 
     pub(crate) fn list_xattrs(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
         let size = reader.u32()? as usize;
-        let (_inode, path) = self.with_xattrs(header)?;
+        let (_inode, path) = self.with_xattrs(node)?;
         let mut list = vec![0; XATTR_MAX];
         let length = rustix::fs::listxattr(path, &mut list[..])?;
         list.truncate(length);
@@ -237,9 +237,9 @@ impl Server {
         Ok(())
     }
 
-    pub(crate) fn remove_xattr(&self, header: Header, reader: &mut Reader<'_>) -> Outcome {
+    pub(crate) fn remove_xattr(&self, node: NodeId, reader: &mut Reader<'_>) -> Outcome {
         let name = user_name(reader)?;
-        let (_inode, path) = self.with_xattrs(header)?;
+        let (_inode, path) = self.with_xattrs(node)?;
         rustix::fs::removexattr(path, name)
     }
 }

@@ -2,7 +2,7 @@
 use crate::attributes::{self, permitted};
 use crate::inodes::{Inode, NodeId};
 use crate::reopen::open_entry;
-use crate::server::{Header, Server};
+use crate::server::Server;
 use crate::wire::{Outcome, Reader, Reply};
 use rustix::fs::{AtFlags, FileType, Mode, RenameFlags, Statx};
 use rustix::io::Errno;
@@ -17,17 +17,17 @@ impl Server {
 
     pub(crate) fn look_up(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
-        let (node, _, found) = self.inodes.look_up(header.node, reader.name()?)?;
+        let (node, _, found) = self.inodes.look_up(node, reader.name()?)?;
         self.ownership.write_entry_out(reply, node.0, &found);
         Ok(())
     }
 
-    pub(crate) fn forget(&self, header: Header, reader: &mut Reader<'_>) -> Outcome {
-        self.inodes.forget(header.node, reader.u64()?);
+    pub(crate) fn forget(&self, node: NodeId, reader: &mut Reader<'_>) -> Outcome {
+        self.inodes.forget(node, reader.u64()?);
         Ok(())
     }
 
@@ -42,8 +42,8 @@ impl Server {
         Ok(())
     }
 
-    pub(crate) fn read_link(&self, header: Header, reply: &mut Reply<'_>) -> Outcome {
-        let inode = self.inodes.get(header.node)?;
+    pub(crate) fn read_link(&self, node: NodeId, reply: &mut Reply<'_>) -> Outcome {
+        let inode = self.inodes.get(node)?;
         if inode.kind != FileType::Symlink {
             return Err(Errno::INVAL);
         }
@@ -54,19 +54,19 @@ impl Server {
 
     pub(crate) fn make_link(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
         let (name, target) = (reader.name()?, reader.target()?);
-        rustix::fs::symlinkat(target, self.folder(header.node)?, name)?;
-        self.tell(header.node, name, None, reply).map(drop)
+        rustix::fs::symlinkat(target, self.folder(node)?, name)?;
+        self.tell(node, name, None, reply).map(drop)
     }
 
     /// Regular files, FIFOs and sockets, which the guest keeps to itself. Devices are refused.
     pub(crate) fn make_node(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
@@ -79,22 +79,22 @@ impl Server {
             _ => return Err(Errno::INVAL),
         };
         let wanted = permitted(kind, mode);
-        let folder = self.folder(header.node)?;
+        let folder = self.folder(node)?;
         rustix::fs::mknodat(&folder, name, kind, Mode::from_raw_mode(wanted), 0)?;
-        self.tell(header.node, name, Some(wanted), reply).map(drop)
+        self.tell(node, name, Some(wanted), reply).map(drop)
     }
 
     pub(crate) fn make_folder(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
         let wanted = permitted(FileType::Directory, reader.u32()?);
         reader.skip(4)?;
         let name = reader.name()?;
-        rustix::fs::mkdirat(self.folder(header.node)?, name, Mode::from_raw_mode(wanted))?;
-        self.tell(header.node, name, Some(wanted), reply).map(drop)
+        rustix::fs::mkdirat(self.folder(node)?, name, Mode::from_raw_mode(wanted))?;
+        self.tell(node, name, Some(wanted), reply).map(drop)
     }
 
     /// Looks up what was just made and tells the guest of it. The guest's kernel has applied the
@@ -130,7 +130,7 @@ impl Server {
 
     pub(crate) fn link(
         &self,
-        header: Header,
+        node: NodeId,
         reader: &mut Reader<'_>,
         reply: &mut Reply<'_>,
     ) -> Outcome {
@@ -139,18 +139,13 @@ impl Server {
         if old.kind == FileType::Directory {
             return Err(Errno::PERM);
         }
-        self.reopen.link(&old.fd, self.folder(header.node)?, name)?;
-        self.tell(header.node, name, None, reply).map(drop)
+        self.reopen.link(&old.fd, self.folder(node)?, name)?;
+        self.tell(node, name, None, reply).map(drop)
     }
 
-    pub(crate) fn remove(
-        &self,
-        header: Header,
-        reader: &mut Reader<'_>,
-        is_folder: bool,
-    ) -> Outcome {
+    pub(crate) fn remove(&self, node: NodeId, reader: &mut Reader<'_>, is_folder: bool) -> Outcome {
         let name = reader.name()?;
-        let folder = self.folder(header.node)?;
+        let folder = self.folder(node)?;
         let held = open_entry(&folder, name)?;
         let flags = if is_folder { AtFlags::REMOVEDIR } else { AtFlags::empty() };
         rustix::fs::unlinkat(&folder, name, flags)?;
@@ -160,12 +155,7 @@ impl Server {
 
     /// RENAME and RENAME2, which has flags. Both folders are ones the guest knows, so nothing
     /// leaves the share.
-    pub(crate) fn rename(
-        &self,
-        header: Header,
-        reader: &mut Reader<'_>,
-        has_flags: bool,
-    ) -> Outcome {
+    pub(crate) fn rename(&self, node: NodeId, reader: &mut Reader<'_>, has_flags: bool) -> Outcome {
         let to_node = NodeId(reader.u64()?);
         let raw = if has_flags { reader.u32()? } else { 0 };
         if has_flags {
@@ -176,7 +166,7 @@ impl Server {
             _ => return Err(Errno::INVAL),
         };
         let (old, new) = (reader.name()?, reader.name()?);
-        let (from, to) = (self.folder(header.node)?, self.folder(to_node)?);
+        let (from, to) = (self.folder(node)?, self.folder(to_node)?);
         let exchange = flags.contains(RenameFlags::EXCHANGE);
         let replaced = if exchange { None } else { open_entry(&to, new).ok() };
         rustix::fs::renameat_with(&from, old, &to, new, flags)?;
@@ -185,7 +175,7 @@ impl Server {
         }
         self.inodes.note_place(to_node, new);
         if exchange {
-            self.inodes.note_place(header.node, old);
+            self.inodes.note_place(node, old);
         }
         Ok(())
     }

@@ -86,12 +86,6 @@ pub struct Server {
     pub(crate) started: AtomicBool,
 }
 
-/// A request's common part.
-#[derive(Clone, Copy)]
-pub(crate) struct Header {
-    pub(crate) node: NodeId,
-}
-
 impl Server {
     /// Opens the folder.
     ///
@@ -162,25 +156,25 @@ impl Server {
         if opcode.makes_inode() {
             self.inodes.check_room()?;
         }
-        let header = Header { node: NodeId(fields.node) };
+        let node = NodeId(fields.node);
         let reader = &mut reader;
         match opcode {
-            Opcode::Lookup => self.look_up(header, reader, reply),
-            Opcode::Forget => self.forget(header, reader),
+            Opcode::Lookup => self.look_up(node, reader, reply),
+            Opcode::Forget => self.forget(node, reader),
             Opcode::BatchForget => self.batch_forget(reader),
-            Opcode::GetAttr => self.get_attributes(header, reader, reply),
-            Opcode::SetAttr => self.set_attributes(header, reader, reply),
-            Opcode::ReadLink => self.read_link(header, reply),
-            Opcode::SymLink => self.make_link(header, reader, reply),
-            Opcode::MkNod => self.make_node(header, reader, reply),
-            Opcode::MkDir => self.make_folder(header, reader, reply),
-            Opcode::Unlink => self.remove(header, reader, false),
-            Opcode::RmDir => self.remove(header, reader, true),
-            Opcode::Rename => self.rename(header, reader, false),
-            Opcode::Rename2 => self.rename(header, reader, true),
-            Opcode::Link => self.link(header, reader, reply),
-            Opcode::Create => self.create(header, reader, reply),
-            Opcode::Open => self.open(header, reader, reply),
+            Opcode::GetAttr => self.get_attributes(node, reader, reply),
+            Opcode::SetAttr => self.set_attributes(node, reader, reply),
+            Opcode::ReadLink => self.read_link(node, reply),
+            Opcode::SymLink => self.make_link(node, reader, reply),
+            Opcode::MkNod => self.make_node(node, reader, reply),
+            Opcode::MkDir => self.make_folder(node, reader, reply),
+            Opcode::Unlink => self.remove(node, reader, false),
+            Opcode::RmDir => self.remove(node, reader, true),
+            Opcode::Rename => self.rename(node, reader, false),
+            Opcode::Rename2 => self.rename(node, reader, true),
+            Opcode::Link => self.link(node, reader, reply),
+            Opcode::Create => self.create(node, reader, reply),
+            Opcode::Open => self.open(node, reader, reply),
             Opcode::Read => self.read(reader, reply),
             Opcode::Write => self.write(reader, reply),
             Opcode::Release | Opcode::ReleaseDir => self.release(reader),
@@ -189,14 +183,14 @@ impl Server {
             Opcode::Fallocate => self.allocate(reader),
             Opcode::Lseek => self.seek(reader, reply),
             Opcode::CopyFileRange => self.copy_range(reader, reply),
-            Opcode::StatFs => self.stat_filesystem(header, reply),
-            Opcode::SetXattr => self.set_xattr(header, reader),
-            Opcode::GetXattr => self.get_xattr(header, reader, reply),
-            Opcode::ListXattr => self.list_xattrs(header, reader, reply),
-            Opcode::RemoveXattr => self.remove_xattr(header, reader),
-            Opcode::OpenDir => self.open_folder(header, reply),
-            Opcode::ReadDir => self.read_folder(header, reader, reply, false),
-            Opcode::ReadDirPlus => self.read_folder(header, reader, reply, true),
+            Opcode::StatFs => self.stat_filesystem(node, reply),
+            Opcode::SetXattr => self.set_xattr(node, reader),
+            Opcode::GetXattr => self.get_xattr(node, reader, reply),
+            Opcode::ListXattr => self.list_xattrs(node, reader, reply),
+            Opcode::RemoveXattr => self.remove_xattr(node, reader),
+            Opcode::OpenDir => self.open_folder(node, reply),
+            Opcode::ReadDir => self.read_folder(node, reader, reply, false),
+            Opcode::ReadDirPlus => self.read_folder(node, reader, reply, true),
             Opcode::Destroy => {
                 self.reset();
                 Ok(())

@@ -15,7 +15,7 @@ use std::time::Duration;
 use system::System;
 use vmm::{
     BalloonControl, BootError, BootSource, Bytes, DeviceConfig, Engine, Host, Image, Machine,
-    MachineConfig, Module, Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals,
+    MachineConfig, Module, Mount, Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals,
     VmmError, VsockHost,
 };
 
@@ -79,6 +79,10 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     if keyboard {
         say(&introduction(&title, memory, &arguments, engine.as_ref()));
     }
+    // An image is told by its seed where its folders go.
+    if kept.is_none() {
+        arguments.mounts.iter().enumerate().for_each(|(n, mount)| say(&mount_hint(n, mount)));
+    }
     // Before the terminal is changed, so that a signal finds someone to restore it.
     let signals = StopSignals::catch().map_err(RunError::Signals)?;
     let raw = if keyboard {
@@ -139,6 +143,13 @@ fn introduction(guest: &str, memory: Bytes, arguments: &Run, engine: &dyn Engine
         arguments.cpus,
         engine.name()
     )
+}
+
+/// How a guest that is told nothing at its start mounts a shared folder.
+fn mount_hint(number: usize, mount: &Mount) -> String {
+    let host = mount.host.display();
+    let options = if mount.read_only { " -o ro" } else { "" };
+    format!("in the guest, {host} is: mount -t virtiofs{options} share{number} {}", mount.guest)
 }
 
 /// Whether the guest's console is the user's keyboard.
@@ -213,6 +224,14 @@ fn module(text: &str) -> Result<Module, BootError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shared_folder_comes_with_the_command_that_mounts_it() {
+        let hint = |text: &str| mount_hint(1, &text.parse().unwrap());
+        let command = "in the guest, /a is: mount -t virtiofs -o ro share1 /b";
+        assert_eq!(hint("/a:/b:ro"), command);
+        assert_eq!(hint("/a:/b"), command.replace(" -o ro", ""));
+    }
 
     #[test]
     fn the_debug_exit_status_is_odd_and_holds_the_value() {
