@@ -1,5 +1,7 @@
-//! What is done to an image as a whole, whatever its format: `bv disk info`, `check` and `resize`.
+//! What is done to an image as a whole, whatever its format: `bv disk info`, `check`, `resize` and
+//! `compact`.
 //! (Making one is [`crate::format::create`] or [`crate::overlay::create`].)
+use crate::convert::{self, OnProgress};
 use crate::format::{self, Backing, Format, OpenOptions};
 use crate::qcow2::{self, CheckReport, Qcow2, Repair, Shrink};
 use crate::raw::Raw;
@@ -103,6 +105,26 @@ pub fn resize(
             ),
         }),
     }
+}
+
+/// Makes an image take up no space for what reads as zeroes or is not used.
+///
+/// # Errors
+/// [`DiskError::Cancelled`], or those of [`format::open`] and of reading and writing.
+pub fn compact(
+    path: &Path,
+    format: Option<Format>,
+    progress: OnProgress<'_>,
+) -> Result<(), DiskError> {
+    let format = known(path, format)?;
+    if format != Format::Qcow2 {
+        let disk = format::open(path, Some(format), OpenOptions::write())?;
+        return convert::compact(&*disk, progress);
+    }
+    let follow = |name: &qcow2::BackingName| format::open_below(path, name);
+    let mut image = Qcow2::open(path, FileOptions::write(), &follow)?;
+    convert::compact(&image, progress)?;
+    image.give_back_free()
 }
 
 /// Refuses to cut off a disk where that is not asked for, or where there is data.
