@@ -44,12 +44,14 @@ fn main() {
     std::thread::spawn(watch);
     let start = Instant::now();
     let mut number = first;
+    let mut opened = 0_u64;
     while start.elapsed() < Duration::from_secs(seconds) {
         CURRENT.store(number, Ordering::SeqCst);
-        fuzz::exercise(&corpus.mutant(number), folder.path(), number);
+        opened += u64::from(fuzz::exercise(&corpus.mutant(number), folder.path(), number));
         number += 1;
     }
-    println!("{} mutants, from {first} to {}, in {seconds} s", number - first, number - 1);
+    let last = number - 1;
+    println!("mutants {first} to {last} in {seconds} s, of which {opened} could be opened");
 }
 
 /// Aborts where one mutant takes too long.

@@ -158,6 +158,13 @@ pub fn open(
     Chain::default().open(path, format, options)
 }
 
+/// Opens the file below the image at `path`, to read.
+pub(crate) fn open_below(path: &Path, name: &BackingName) -> Result<Arc<dyn Disk>, DiskError> {
+    let mut chain = Chain::default();
+    chain.enter(path)?;
+    chain.open_below(path, name, OpenOptions::read())
+}
+
 /// Makes a new image of `size` bytes, rounded up to sectors, which reads as zeroes and grows with
 /// what is written, and opens it to write.
 ///
@@ -200,8 +207,8 @@ impl Chain {
         let format = match format {
             Some(format) => format,
             None => {
-                let look = FileOptions { access: Access::Read, lock: Lock::Ignore, direct: false };
-                Format::detect(&ImageFile::open(path, look)?)?
+                let peek = FileOptions { lock: Lock::Ignore, ..FileOptions::read() };
+                Format::detect(&ImageFile::open(path, peek)?)?
             }
         };
         match format {

@@ -18,14 +18,14 @@ fn go_on(_: Progress) -> ControlFlow<()> {
 #[test]
 fn a_disk_goes_through_every_format_and_stays_sparse() {
     let folder = folder();
-    let mut bytes = vec![0; 64 << 20];
-    for index in 0..20 {
+    let mut bytes = vec![0; 24 << 20];
+    for index in 0..8 {
         let at = index * 3_000_000;
         Random(index as u64).fill(&mut bytes[at..at + 50_000]);
     }
     let model = Model { bytes };
     let first = folder.path().join("first");
-    let disk = format::create(&first, Format::Raw, 64 << 20).unwrap();
+    let disk = format::create(&first, Format::Raw, 24 << 20).unwrap();
     disk.write_at(0, &model.bytes).unwrap();
     drop(disk);
     let mut source = (first, Format::Raw);
@@ -39,15 +39,15 @@ fn a_disk_goes_through_every_format_and_stays_sparse() {
         })
         .unwrap();
         assert!(told.windows(2).all(|two| two[0].done < two[1].done));
-        assert_eq!(told.last(), Some(&Progress { done: 64 << 20, total: 64 << 20 }));
+        assert_eq!(told.last(), Some(&Progress { done: 24 << 20, total: 24 << 20 }));
         model.compare_with_qemu(folder.path(), &path, target.name_in_headers());
         let known = (target == Format::Raw).then_some(target);
         model.compare(&*format::open(&path, known, OpenOptions::read()).unwrap());
         let taken = fs::metadata(&path).unwrap().blocks() * 512;
-        assert!(taken < 24 << 20, "{target} takes {taken} bytes");
+        assert!(taken < 20 << 20, "{target} takes {taken} bytes");
         // Some formats write their own name down.
         let image = fs::read(&path).unwrap();
-        assert!(!image.windows(7).any(|word| word == b"partial"), "{target}");
+        assert!(!image[..64 << 10].windows(7).any(|word| word == b"partial"), "{target}");
         source = (path, target);
     }
 }
@@ -55,8 +55,8 @@ fn a_disk_goes_through_every_format_and_stays_sparse() {
 #[test]
 fn a_cancelled_copy_leaves_nothing_behind() {
     let folder = folder();
-    let source = format::create(&folder.path().join("source"), Format::Raw, 64 << 20).unwrap();
-    source.write_at(0, &vec![1; 64 << 20]).unwrap();
+    let source = format::create(&folder.path().join("source"), Format::Raw, 24 << 20).unwrap();
+    source.write_at(0, &vec![1; 24 << 20]).unwrap();
     let path = folder.path().join("copy.qcow2");
     let error = convert(&*source, &path, Format::Qcow2, &mut |progress| {
         assert!(!path.exists());

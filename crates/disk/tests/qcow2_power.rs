@@ -73,7 +73,7 @@ fn survives(options: &CreateOptions, seed: u64) {
         assert!(report.is_clean() || (report.errors == 0 && leaks_may_be), "{report:?}");
     };
     let format = Format { create: &create, open: &open, inspect: &inspect };
-    let cuts = std::env::var("DISK_CUTS").map_or(40, |number| number.parse().unwrap());
+    let cuts = std::env::var("DISK_CUTS").map_or(20, |number| number.parse().unwrap());
     recording::survives_being_killed(&format, 120, cuts, seed);
     recording::survives_losing_power(&format, 120, cuts, seed);
     recording::survives_a_full_store(&format, seed);

@@ -6,14 +6,9 @@ mod support;
 
 use disk::qcow2::{CreateOptions, Qcow2, Repair, Version};
 use disk::{DiskError, FileOptions};
-use std::path::Path;
 use support::{Model, Random, folder};
 
-fn open(path: &Path) -> Qcow2 {
-    Qcow2::open(path, FileOptions::write(), &|_| unreachable!()).unwrap()
-}
-
-/// Random operations, with the image opened anew now and then.
+/// Random operations, with the image opened anew now and then, and past the page cache or not.
 fn random_operations(options: &CreateOptions, seed: u64) {
     let folder = folder();
     let path = folder.path().join("image.qcow2");
@@ -21,8 +16,9 @@ fn random_operations(options: &CreateOptions, seed: u64) {
     let mut random = Random(seed);
     let mut model = Model { bytes: vec![0; options.size as usize] };
     for round in 0..4 {
-        let disk = open(&path);
-        for _ in 0..150 {
+        let direct = FileOptions { direct: round == 3, ..FileOptions::write() };
+        let disk = Qcow2::open(&path, direct, &|_| unreachable!()).unwrap();
+        for _ in 0..100 {
             model.step(&disk, &mut random);
         }
         if round % 2 == 0 {

@@ -236,7 +236,9 @@ impl<'a> Survey<'a> {
         self.count_range(l1_offset, l1.len() as u64 * 8, 1);
         self.count_l1("active L1 table", &l1);
         let (snapshots, length) = snapshots(self.store, self.header)?;
-        self.count_range(self.header.snapshots_offset, length, 1);
+        if length > 0 {
+            self.count_range(self.header.snapshots_offset, length, 1);
+        }
         for snapshot in snapshots {
             let bytes = u64::from(snapshot.l1_entries) * 8;
             self.count_range(snapshot.l1_offset, bytes, 1);

@@ -148,6 +148,9 @@ pub(super) fn protect_snapshots(
     meta: &mut Meta,
 ) -> Result<(), DiskError> {
     let (snapshots, length) = snapshots(store, header)?;
+    if length == 0 {
+        return Ok(());
+    }
     meta.refcounts.protect(header.snapshots_offset, length);
     for snapshot in snapshots {
         meta.refcounts.protect(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8);

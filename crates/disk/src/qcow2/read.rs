@@ -73,8 +73,9 @@ impl Qcow2 {
             Mapping::Compressed { host, length } => {
                 let cluster = self.decompress(host, length)?;
                 let start = usize::try_from(within).unwrap_or(usize::MAX);
-                let part = cluster.get(start..).and_then(|part| part.get(..buffer.len()));
-                buffer.copy_from_slice(part.unwrap_or_default());
+                if let Some(part) = cluster.get(start..).and_then(|rest| rest.get(..buffer.len())) {
+                    buffer.copy_from_slice(part);
+                }
             }
         }
         Ok(())

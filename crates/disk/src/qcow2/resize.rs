@@ -1,6 +1,7 @@
 //! Changing a disk's size.
 use super::{Qcow2, Version, header};
-use crate::{Disk, DiskError, ExtentKind};
+use crate::manage::check_shrinking;
+use crate::{Disk, DiskError};
 use header::{MAX_L1_BYTES, l1_entries_for};
 
 /// Whether a disk may become smaller.
@@ -39,22 +40,7 @@ impl Qcow2 {
             self.hide_what_was_beyond(former)?;
             return self.flush();
         }
-        if shrink == Shrink::Refuse {
-            return Err(invalid(format!(
-                "it has {former} bytes and {size} are fewer; say so if it is to shrink"
-            )));
-        }
-        let mut at = size;
-        while at < former {
-            let extent = self.extent(at, former - at)?;
-            if extent.kind == ExtentKind::Data {
-                return Err(invalid(format!(
-                    "it cannot shrink to {size} bytes: there is data at {at}; free it in the guest \
-                     and discard it there (`fstrim`)"
-                )));
-            }
-            at += extent.length;
-        }
+        check_shrinking(self, &self.store.name(), size, shrink)?;
         self.discard(size, former - size)?;
         self.commit(true)?;
         self.set_size_field(size)

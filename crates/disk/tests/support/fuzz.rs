@@ -5,7 +5,7 @@
 use super::random::Random;
 use disk::format::{self, OpenOptions};
 use disk::qcow2::{CreateOptions, Qcow2, Repair, Version};
-use disk::{Disk, FileOptions, Format};
+use disk::{Disk, FileOptions, Format, manage};
 use std::fs;
 use std::path::Path;
 
@@ -24,6 +24,9 @@ const INTERESTING: [u64; 12] = [
     0x4000_0000_0000_0000,
     0x00ff_ffff_ffff_fe00,
 ];
+
+/// What a guest has written.
+const DATA: u8 = 0xda;
 
 /// An image that begins a fuzzing campaign.
 struct Seed {
@@ -47,11 +50,20 @@ impl Corpus {
             Qcow2::create(&path, &options, FileOptions::write()).unwrap();
             let disk = format::open(&path, Some(Format::Qcow2), OpenOptions::write()).unwrap();
             for index in 0..4 {
-                disk.write_at(index * 200_000, &[index as u8 + 1; 30_000]).unwrap();
+                disk.write_at(index * 200_000, &[DATA; 30_000]).unwrap();
             }
             disk.discard(0, 8192).unwrap();
             drop(disk);
             seeds.push(Seed::read(&path, Format::Qcow2));
+            fs::remove_file(path).unwrap();
+        }
+        for format in [Format::Vmdk, Format::Vdi, Format::Vhd, Format::Vhdx] {
+            let path = folder.join("seed");
+            let disk = format::create(&path, format, 9 << 20).unwrap();
+            disk.write_at(0, &[DATA; 30_000]).unwrap();
+            disk.write_at(8 << 20, &[DATA; 30_000]).unwrap();
+            drop(disk);
+            seeds.push(Seed::read(&path, format));
             fs::remove_file(path).unwrap();
         }
         Self(seeds)
@@ -96,7 +108,11 @@ impl Corpus {
                 // A place in the file that is something else.
                 _ => random.below(bytes.len() as u64) & !511 | random.below(2) << 63,
             };
-            bytes[at..at + width].copy_from_slice(&value.to_be_bytes()[8 - width..]);
+            if seed.format == Format::Qcow2 || random.below(4) == 0 {
+                bytes[at..at + width].copy_from_slice(&value.to_be_bytes()[8 - width..]);
+            } else {
+                bytes[at..at + width].copy_from_slice(&value.to_le_bytes()[..width]);
+            }
         }
         if random.below(10) == 0 {
             bytes.truncate(random.below(bytes.len() as u64) as usize);
@@ -108,33 +124,37 @@ impl Corpus {
 impl Seed {
     fn read(path: &Path, format: Format) -> Self {
         let bytes = fs::read(path).unwrap();
-        let number = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
-        let offset = |at: usize| number(at) & 0x00ff_ffff_ffff_fe00;
-        let cluster = 1 << u32::from_be_bytes(bytes[20..24].try_into().unwrap());
-        let mut tables = vec![0, number(48), number(40), number(64), offset(number(48))];
-        tables.push(offset(number(40)));
-        let metadata = tables.into_iter().map(|at| (at, (at + cluster.min(600)).min(bytes.len())));
-        Self { format, metadata: metadata.filter(|(from, to)| from < to).collect(), bytes }
+        // What is neither empty nor the guest's.
+        let sectors = bytes.chunks(512).enumerate();
+        let metadata =
+            sectors.filter(|(_, sector)| sector.iter().any(|byte| ![0, DATA].contains(byte)));
+        let metadata = metadata.map(|(index, sector)| (index * 512, index * 512 + sector.len()));
+        Self { format, metadata: metadata.collect(), bytes }
     }
 }
 
 /// Writes an image down and does to it whatever a user or a guest can do. Errors are expected.
-pub fn exercise((format, bytes): &(Format, Vec<u8>), folder: &Path, seed: u64) {
+/// Whether it could be opened.
+pub fn exercise((format, bytes): &(Format, Vec<u8>), folder: &Path, seed: u64) -> bool {
     let path = folder.join("mutant");
     fs::write(&path, bytes).unwrap();
     let mut random = Random(seed);
-    let _ = Qcow2::info(&path, FileOptions::read());
-    let _ = Qcow2::check(&path, Repair::Nothing, FileOptions::read());
-    if let Ok(disk) = format::open(&path, Some(*format), OpenOptions::read()) {
-        operate(&*disk, &mut random);
+    let _ = manage::info(&path, Some(*format));
+    let _ = manage::check(&path, Some(*format), Repair::Nothing);
+    let opened = format::open(&path, Some(*format), OpenOptions::read());
+    if let Ok(disk) = &opened {
+        operate(&**disk, &mut random);
     }
+    let opens = opened.is_ok();
+    drop(opened);
     if let Ok(disk) = format::open(&path, Some(*format), OpenOptions::write()) {
         operate(&*disk, &mut random);
     }
-    let _ = Qcow2::check(&path, Repair::Everything, FileOptions::write());
+    let _ = manage::check(&path, Some(*format), Repair::Everything);
     if let Ok(disk) = format::open(&path, Some(*format), OpenOptions::write()) {
         operate(&*disk, &mut random);
     }
+    opens
 }
 
 fn operate(disk: &dyn Disk, random: &mut Random) {
