@@ -1,5 +1,7 @@
-//! What is done to an image as a whole, whatever its format: `bv disk info`, `check` and `resize`.
+//! What is done to an image as a whole, whatever its format: `bv disk info`, `check`, `resize` and
+//! `compact`.
 //! (Making one is [`crate::format::create`] or [`crate::overlay::create`].)
+use crate::convert::{self, OnProgress};
 use crate::format::{self, Backing, Format, OpenOptions};
 use crate::qcow2::{self, CheckReport, Qcow2, Repair, Shrink};
 use crate::raw::Raw;
@@ -19,8 +21,7 @@ pub struct Info {
     pub qcow2: Option<qcow2::Info>,
 }
 
-/// Looks at an image, even while a machine uses it; but not at a VHDX image that was not closed and
-/// whose log has changes for it. Without `format` the header decides.
+/// Looks at an image, even while a machine uses it. Without `format` the header decides.
 ///
 /// # Errors
 /// As [`format::open`].
@@ -103,6 +104,26 @@ pub fn resize(
             ),
         }),
     }
+}
+
+/// Makes an image take up no space for what reads as zeroes or is not used.
+///
+/// # Errors
+/// [`DiskError::Cancelled`], or those of [`format::open`] and of reading and writing.
+pub fn compact(
+    path: &Path,
+    format: Option<Format>,
+    progress: OnProgress<'_>,
+) -> Result<(), DiskError> {
+    let format = known(path, format)?;
+    if format != Format::Qcow2 {
+        let disk = format::open(path, Some(format), OpenOptions::write())?;
+        return convert::compact(&*disk, progress);
+    }
+    let follow = |name: &qcow2::BackingName| format::open_below(path, name);
+    let mut image = Qcow2::open(path, FileOptions::write(), &follow)?;
+    convert::compact(&image, progress)?;
+    image.give_back_free()
 }
 
 /// Refuses to cut off a disk where that is not asked for, or where there is data.

@@ -6,7 +6,8 @@ mod support;
 use disk::format::{self, OpenOptions};
 use disk::qcow2::{Repair, Shrink};
 use disk::{Format, manage, overlay};
-use support::{Random, folder, qemu};
+use std::ops::ControlFlow;
+use support::{Model, Random, folder, qemu};
 
 #[test]
 fn images_of_all_formats_tell_what_they_are_and_are_sound() {
@@ -84,5 +85,42 @@ fn overlays_stand_on_every_format_and_follow_moves_of_their_folder() {
         let base = format::open(&moved.join(below.name()), Some(below), OpenOptions::read());
         base.unwrap().read_at(12_345, &mut read).unwrap();
         assert!(read == content, "{below}");
+    }
+}
+
+#[test]
+fn compacting_gives_back_what_is_zero_or_not_used() {
+    let folder = folder();
+    for made in [Format::Raw, Format::Qcow2] {
+        let path = folder.path().join(made.name());
+        let disk = format::create(&path, made, 32 << 20).unwrap();
+        let mut content = Random(3).bytes(16 << 20);
+        content[2 << 20..5 << 20].fill(0);
+        disk.write_at(0, &content).unwrap();
+        drop(disk);
+        if made == Format::Qcow2 {
+            // QEMU can free clusters and leave their data in the file.
+            let image = format!(
+                "driver=qcow2,discard=unmap,pass-discard-request=off,file.filename={}",
+                path.display()
+            );
+            let discards = ["-c", "discard 6M 2M", "-c", "discard 12M 4M"];
+            qemu("qemu-io", [&["--image-opts"], &discards[..], &[&image]].concat());
+            content[6 << 20..8 << 20].fill(0);
+            content.truncate(12 << 20);
+        }
+        let before = manage::info(&path, Some(made)).unwrap().allocated;
+        manage::compact(&path, Some(made), &mut |_| ControlFlow::Continue(())).unwrap();
+        let after = manage::info(&path, Some(made)).unwrap().allocated;
+        let data = content.len() as u64 - (3 << 20);
+        assert!(before >= 16 << 20 && after < data + (1 << 20), "{made}: {before} {after}");
+        content.resize(32 << 20, 0);
+        let model = Model { bytes: content };
+        model.compare(&*format::open(&path, Some(made), OpenOptions::write()).unwrap());
+        model.compare_with_qemu(folder.path(), &path, made.name());
+        let disk = format::open(&path, Some(made), OpenOptions::write()).unwrap();
+        disk.write_at(20 << 20, &model.bytes[..5 << 20]).unwrap();
+        drop(disk);
+        assert!(manage::check(&path, Some(made), Repair::Nothing).unwrap().is_clean());
     }
 }

@@ -12,6 +12,7 @@
 
 mod check;
 mod commit;
+mod compact;
 mod compressed;
 mod create;
 mod entry;

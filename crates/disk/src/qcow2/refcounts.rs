@@ -4,10 +4,11 @@
 //! All changes stay in memory until [`super::commit`] writes them. New refcount blocks, and a
 //! larger table, always go to the file's end: what lies there is free whatever damaged refcounts
 //! say.
+use super::compact::push_run;
 use super::header::{Header, MAX_REFCOUNT_TABLE_BYTES};
 use super::table_cache::{CacheLimit, TableCache};
 use crate::bytes::be64;
-use crate::{DiskError, Store};
+use crate::{DiskError, ExtentKind, Store};
 use std::collections::{BTreeSet, HashSet};
 
 /// Memory for refcount blocks, in bytes; 4 MiB cover 128 GiB of the usual 64 KiB clusters.
@@ -353,6 +354,41 @@ impl Refcounts {
     /// A cluster that held a table is about to be freed.
     pub fn unprotect(&mut self, cluster: u64) {
         self.metadata.remove(&cluster);
+    }
+
+    /// The free clusters of the file, in ascending order. What lies in a hole is not read.
+    pub fn free_runs(&mut self, store: &dyn Store) -> Result<Vec<Run>, DiskError> {
+        let mut runs = Vec::new();
+        let per_block = self.per_block();
+        let mut first = 0;
+        while first < self.end {
+            let last = (first + per_block).min(self.end);
+            let empty = match self.block(store, first)? {
+                None => true,
+                Some(block) => {
+                    let hole = store.extent(block, 1 << self.cluster_bits)?;
+                    hole.kind == ExtentKind::Zero && hole.length == 1 << self.cluster_bits
+                }
+            };
+            if empty {
+                push_run(&mut runs, Run { first, count: last - first });
+            } else {
+                for cluster in first..last {
+                    if self.get(store, cluster)? == 0 {
+                        push_run(&mut runs, Run { first: cluster, count: 1 });
+                    }
+                }
+            }
+            // Where the table ends, nothing further is counted.
+            first = if self.block_of(last) < self.table.len() { last } else { self.end };
+        }
+        Ok(runs)
+    }
+
+    /// The file is about to end before a cluster; nothing from there on is in use.
+    pub fn cut_off(&mut self, end: u64) {
+        self.end = end;
+        self.hint = self.hint.min(end);
     }
 
     /// Whether something waits to be written.
