@@ -3,6 +3,8 @@
 
 #[path = "support/formats.rs"]
 mod formats;
+#[path = "support/mutants.rs"]
+mod mutants;
 #[path = "support/recording.rs"]
 mod recording;
 mod support;
@@ -101,12 +103,18 @@ fn writes_that_found_no_room_can_be_repeated() {
 
 #[test]
 fn hostile_headers_and_maps_do_no_harm() {
-    let memory = Memory::of(Vec::new());
-    let disk = Vdi::create_in(Arc::clone(&memory), 6 * MIB, Variant::Dynamic).unwrap();
-    disk.write_at(MIB * 2 - 100, &[5; 200]).unwrap();
+    mutants::vdi_subject().survives(300);
+}
+
+#[test]
+fn threads_that_write_to_the_same_blocks_at_once_do_not_lose_anything() {
+    let folder = support::folder();
+    let path = folder.path().join("disk");
+    let disk = Vdi::create(&path, 9 * MIB, Variant::Dynamic, FileOptions::write()).unwrap();
+    let model = formats::use_from_many_threads(&disk);
     drop(disk);
-    let bytes = memory.bytes();
-    formats::survives_mutation(&bytes, &[0x40..0x60, 0x150..0x200, 0x200..0x218], &open, 1500, 9);
+    formats::check_with_qemu(&path, "vdi");
+    formats::compare_with_qemu(&path, "vdi", &model);
 }
 
 #[test]

@@ -3,6 +3,8 @@
 
 #[path = "support/formats.rs"]
 mod formats;
+#[path = "support/mutants.rs"]
+mod mutants;
 #[path = "support/recording.rs"]
 mod recording;
 mod support;
@@ -353,47 +355,19 @@ fn a_part_of_a_split_image_is_not_taken_for_an_image() {
 }
 
 #[test]
-fn hostile_headers_directories_and_tables_do_no_harm() {
-    let memory = Memory::of(Vec::new());
-    let disk = create(Arc::clone(&memory));
-    disk.write_at(2 * MIB - 100, &[5; 200]).unwrap();
+fn hostile_headers_directories_tables_streams_and_descriptors_do_no_harm() {
+    mutants::sparse_subject().survives(700);
+    mutants::stream_subject().survives(700);
+    mutants::text_subject().survives(1500);
+}
+
+#[test]
+fn threads_that_write_to_the_same_blocks_at_once_do_not_lose_anything() {
+    let folder = support::folder();
+    let path = folder.path().join("disk");
+    let disk = Vmdk::create(&path, 9 * MIB, FileOptions::write()).unwrap();
+    let model = formats::use_from_many_threads(&disk);
     drop(disk);
-    let bytes = memory.bytes();
-    let place =
-        |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize * 512;
-    let (redundant, directory) = (place(48), place(56));
-    let places = [
-        4..80,
-        512..900,
-        redundant..redundant + 8,
-        directory..directory + 8,
-        place(directory) + 120..place(directory) + 136,
-    ];
-    formats::survives_mutation(&bytes, &places, &open, 1500, 9);
-}
-
-#[test]
-fn hostile_streams_do_no_harm() {
-    let memory = Memory::of(Vec::new());
-    let disk = create(memory);
-    disk.write_at(MIB, &support::Random(4).bytes(100_000)).unwrap();
-    disk.write_at(3 * MIB, &[5; 100_000]).unwrap();
-    let target = Memory::of(Vec::new());
-    write_stream(&*disk, &*target, &mut |_| ControlFlow::Continue(())).unwrap();
-    let bytes = target.bytes();
-    let end = bytes.len();
-    let places =
-        [4..80, 512..900, 65536..65560, 66000..70000, end - 6000..end, end - 1024..end - 512];
-    formats::survives_mutation(&bytes, &places, &open, 1500, 9);
-}
-
-#[test]
-fn hostile_descriptors_do_no_harm() {
-    let extents = "RW 100 FLAT \"x\" 0\nRW 8 ZERO\nRW 100 FLAT \"x\" 8";
-    let bytes = descriptor("twoGbMaxExtentFlat", "ffffffff", extents).into_bytes();
-    let extent = |_: &str| Ok(Memory::of(vec![1; 100_000]) as Arc<dyn Store>);
-    let open =
-        |memory: Arc<Memory>| Ok(Box::new(Vmdk::open_with(memory, &extent)?) as Box<dyn Disk>);
-    let place = 20..bytes.len();
-    formats::survives_mutation(&bytes, std::slice::from_ref(&place), &open, 1500, 9);
+    formats::check_with_qemu(&path, "vmdk");
+    formats::compare_with_qemu(&path, "vmdk", &model);
 }

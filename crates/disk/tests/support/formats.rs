@@ -1,13 +1,12 @@
-//! What the tests of all formats do alike: comparisons with QEMU's tools, mutated images.
+//! What the tests of all formats do alike: comparisons with QEMU's tools, use at random.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-use crate::recording::Memory;
 use crate::support::{self, Random};
-use disk::{Disk, DiskError, FileOptions, ImageFile};
+use disk::{Disk, FileOptions, ImageFile};
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Opens an image's file.
 pub fn file(path: &Path, options: FileOptions) -> ImageFile {
@@ -129,72 +128,38 @@ pub fn compare_with_qemu(path: &Path, format: &str, model: &[u8]) {
     support::qemu("qemu-img", ["compare", "-f", format, "-F", "raw", image, raw]);
 }
 
-/// Opens mutations of an image and uses what opens. A panic, a hang, or an allocation that
-/// memory does not have is what must not be.
-pub fn survives_mutation(
-    image: &[u8],
-    places: &[std::ops::Range<usize>],
-    open: &dyn Fn(Arc<Memory>) -> Result<Box<dyn Disk>, DiskError>,
-    count: usize,
-    seed: u64,
-) {
-    let mut random = Random(seed);
-    let mut opened = 0;
-    for _ in 0..count {
-        let mut bytes = image.to_vec();
-        for _ in 0..1 + random.below(3) {
-            mutate(&mut bytes, places, &mut random);
+/// Writes from several threads, each to sectors of its own that share blocks with the others',
+/// while another one flushes; what then has to be there.
+pub fn use_from_many_threads(disk: &dyn Disk) -> Vec<u8> {
+    let (threads, sectors) = (4, disk.size() / 512);
+    let value = |sector: u64| (sector % 251) as u8 + 1;
+    let working = AtomicU64::new(threads);
+    std::thread::scope(|scope| {
+        let working = &working;
+        scope.spawn(move || {
+            while working.load(Ordering::Acquire) > 0 {
+                disk.flush().unwrap();
+            }
+        });
+        for thread in 0..threads {
+            scope.spawn(move || {
+                // From the start or from the end, so that blocks are first met in every order.
+                for index in 0..sectors / 16 / threads {
+                    let turned =
+                        if thread % 2 == 0 { index } else { sectors / 16 / threads - 1 - index };
+                    let sector = (turned * threads + thread) * 16;
+                    disk.write_at(sector * 512, &[value(sector); 512]).unwrap();
+                    let mut now = [0; 512];
+                    disk.read_at(sector * 512, &mut now).unwrap();
+                    assert_eq!(now, [value(sector); 512]);
+                }
+                working.fetch_sub(1, Ordering::AcqRel);
+            });
         }
-        let read_only = random.below(3) == 0;
-        let memory = if read_only { Memory::read_only(bytes) } else { Memory::of(bytes) };
-        if let Ok(disk) = open(memory) {
-            opened += 1;
-            use_briefly(&*disk, &mut random);
-        }
+    });
+    let mut model = vec![0; disk.size() as usize];
+    for sector in (0..sectors / 16 / threads * threads * 16).step_by(16) {
+        model[sector as usize * 512..][..512].fill(value(sector));
     }
-    assert!(opened * 20 > count, "only {opened} of {count} mutations were opened");
-}
-
-fn mutate(bytes: &mut Vec<u8>, places: &[std::ops::Range<usize>], random: &mut Random) {
-    let place = &places[random.below(places.len() as u64) as usize];
-    let at = place.start + random.below(place.len() as u64) as usize;
-    let values = [0, 1, 2, 0x7f, 0x80, 0xff, 0x7fff_ffff, 0xffff_ffff, u64::MAX, 1 << 63];
-    let value = match random.below(3) {
-        0 => random.next(),
-        1 => values[random.below(values.len() as u64) as usize],
-        _ => random.next() >> (24 + random.below(40)),
-    };
-    let width = 1 << random.below(4);
-    let field = value.to_le_bytes();
-    let aligned = at / width * width;
-    for (index, byte) in field[..width].iter().enumerate() {
-        if let Some(target) = bytes.get_mut(aligned + index) {
-            *target = *byte;
-        }
-    }
-    if random.below(40) == 0 {
-        let length = random.below(bytes.len() as u64) as usize;
-        bytes.truncate(length);
-    }
-}
-
-fn use_briefly(disk: &dyn Disk, random: &mut Random) {
-    let size = disk.size();
-    let mut buffer = vec![0; 70_000];
-    for round in 0..6 {
-        let offset = match round {
-            0 => 0,
-            1 => size.saturating_sub(512),
-            _ => random.below(size),
-        };
-        let length = (buffer.len() as u64).min(size - offset) as usize;
-        let _ = disk.read_at(offset, &mut buffer[..length]);
-        let _ = disk.extent(offset, size - offset);
-        let _ = match round {
-            0 | 3 => disk.write_at(offset, &buffer[..length]),
-            1 => disk.write_zeroes(offset, length as u64),
-            4 => disk.discard(offset, length as u64),
-            _ => disk.flush(),
-        };
-    }
+    model
 }

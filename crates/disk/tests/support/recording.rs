@@ -29,7 +29,7 @@ impl Change {
 }
 
 /// Bytes that a store in memory takes. Hostile images lead beyond that.
-const LARGEST: u64 = 1 << 28;
+const LARGEST: u64 = 1 << 27;
 
 #[derive(Default)]
 struct State {
