@@ -7,9 +7,9 @@
 //!
 //! Start reading at [`Disk`], then [`mod@file`], on which every format stands. [`mod@format`] opens an
 //! image of any format, [`overlay`] puts a qcow2 image over one, [`mod@convert`] copies between
-//! formats, [`manage`] checks and resizes, [`requests`] is what a block device uses. [`vdi`] is the
-//! simplest of the formats that divide a disk into blocks; what they share is in `blocks` and
-//! `table`. [`nbd`] is a disk somewhere else.
+//! formats, [`manage`] checks, resizes and compacts, [`requests`] is what a block device uses.
+//! [`vdi`] is the simplest of the formats that divide a disk into blocks; what they share is in
+//! `blocks` and `table`. [`nbd`] is a disk somewhere else.
 #![forbid(unsafe_code)]
 
 mod blocks;

@@ -6,7 +6,8 @@
 //!
 //! 1. the data of new clusters (written by the requests themselves) and the refcounts that say
 //!    that they are used;
-//! 2. L2 entries, which refer to them; 3. L1 entries, which refer to new L2 tables;
+//! 2. L2 entries, which refer to them;
+//! 3. L1 entries, which refer to new L2 tables;
 //! 4. only then clusters that nothing refers to any more are punched out and their refcounts taken
 //!    back, in memory, for the next commit to write. A request that was under way may still read or
 //!    write such a cluster, so this waits until all that began before have ended.
@@ -122,6 +123,7 @@ impl Qcow2 {
     /// Sets or clears an incompatible feature bit in the header, durably. Version 2
     /// has none in its header; there it holds until the image is closed.
     pub(super) fn mark(&self, bit: u64, on: bool) -> Result<(), DiskError> {
+        let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
         let change = |bits: u64| if on { bits | bit } else { bits & !bit };
         let bits = self.incompatible.load(Ordering::SeqCst);
         if self.version == Version::V3 {

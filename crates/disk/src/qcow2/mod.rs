@@ -51,6 +51,8 @@ pub struct Qcow2 {
     lazy_refcounts: bool,
     /// Incompatible features, as the header has them.
     incompatible: AtomicU64,
+    /// Held while they are changed in the header.
+    marking: Mutex<()>,
     /// Whose turn it is to write changes; whether the header says that the image is in use.
     commit: Mutex<bool>,
     /// Shared by requests as long as they may use a host cluster that they looked up.
@@ -128,6 +130,7 @@ impl Qcow2 {
             size: header.size,
             lazy_refcounts: header.compatible & LAZY_REFCOUNTS != 0,
             incompatible: AtomicU64::new(header.incompatible),
+            marking: Mutex::new(()),
             commit: Mutex::new(header.incompatible & DIRTY != 0),
             in_flight: RwLock::new(()),
             meta: Mutex::new(meta),
