@@ -32,7 +32,7 @@ enum RunError {
     Boot(#[from] BootError),
     #[error("--engine: this CPU engine does not work on this host")]
     Engine(#[source] EngineError),
-    #[error("--disk")]
+    #[error("--disk; options follow the path, as in disk.img,format=raw")]
     Disk(#[from] DiskError),
     #[error(transparent)]
     Network(#[from] NetworkError),
