@@ -116,6 +116,31 @@ fn a_serial_console_to_nowhere_is_refused() {
 }
 
 #[test]
+fn a_disk_that_cannot_be_is_refused_by_name() {
+    refused(&["--disk", "no-such.qcow2"], &["--disk", "no-such.qcow2"]);
+    refused(&["--disk", "x,cache=none"], &["--disk", "cache=none", "format=NAME"]);
+    refused(&["--disk", "size=huge"], &["--disk", "size"]);
+    let files = Files::new();
+    let raw = files.write("raw.img", &[0; 4096]);
+    let raw = raw.to_str().unwrap();
+    refused(&["--disk", raw], &["--disk", raw, "raw"]);
+    let named = format!("{raw},format=qcow2");
+    refused(&["--disk", &named], &["--disk", raw, "qcow2"]);
+    let twice = ["--disk", &format!("{raw},format=raw"), "--disk", &format!("{raw},format=raw")];
+    refused(&twice, &["--disk", raw, "in use"]);
+}
+
+#[test]
+fn a_network_that_cannot_be_is_refused_with_what_can() {
+    refused(&["--network", "wifi"], &["--network", "nat", "none"]);
+    refused(&["--publish", "80"], &["--publish", "8080:80"]);
+    refused(&["--network", "none", "-p", "8080:80"], &["--publish", "no network"]);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    refused(&["-p", &format!("{port}:80")], &["--network nat", &port.to_string(), "in use"]);
+}
+
+#[test]
 fn flags_that_do_not_go_together_are_refused() {
     refused_alone(&["run", "hello", "--kernel", "bzImage"], &["--kernel"]);
     refused_alone(&["run", "--initrd", "initrd.cpio"], &["--kernel"]);

@@ -51,7 +51,7 @@ pub enum RunError {
     #[error("--engine: this CPU engine does not work on this host")]
     Engine(#[source] EngineError),
     /// A disk cannot be opened.
-    #[error("--disk")]
+    #[error("--disk; options follow the path, as in disk.img,format=raw")]
     Disk(#[from] DiskError),
     /// The image's disk cannot be opened.
     #[error("the machine's disk")]

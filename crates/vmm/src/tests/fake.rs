@@ -23,6 +23,7 @@ pub struct Cpu<'a> {
     /// How often the machine was made before: 0 at the first start.
     pub boot: u32,
     pub io: &'a dyn VcpuIo,
+    pub memory: &'a GuestMemory,
     kick: &'a FakeKick,
     messages: &'a Mutex<Vec<Msi>>,
 }
@@ -75,6 +76,7 @@ struct FakeVcpu {
     kick: Arc<FakeKick>,
     script: Arc<Script>,
     messages: Arc<Mutex<Vec<Msi>>>,
+    memory: Arc<GuestMemory>,
     doorbells: Arc<Doorbells>,
 }
 
@@ -82,7 +84,8 @@ impl Vcpu for FakeVcpu {
     fn run(&mut self, io: &dyn VcpuIo) -> Result<Halt, EngineError> {
         let (kick, messages) = (&*self.kick, &*self.messages);
         let io = &self.doorbells.before(io);
-        (self.script)(&Cpu { index: self.index, boot: self.boot, io, kick, messages })
+        let (index, boot, memory) = (self.index, self.boot, &*self.memory);
+        (self.script)(&Cpu { index, boot, io, memory, kick, messages })
     }
     fn kicker(&self) -> Arc<dyn Kick> {
         self.kick.clone()
@@ -134,6 +137,7 @@ impl Vm for FakeVm {
             kick: Arc::default(),
             script: self.script.clone(),
             messages: self.messages.clone(),
+            memory: self.memory.clone(),
             doorbells: self.doorbells.clone(),
         }))
     }

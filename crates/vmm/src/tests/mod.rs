@@ -1,4 +1,5 @@
 //! The life of a machine, with an engine that runs closures.
+mod disks;
 pub mod fake;
 
 use crate::{
