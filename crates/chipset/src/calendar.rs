@@ -103,7 +103,7 @@ mod tests {
     fn the_next_match_is_the_first_second_that_matches() {
         let matches = |time: u32, wanted: [Option<u8>; 3]| {
             let is = [time / 3600, time / 60 % 60, time % 60];
-            is.iter().zip(wanted).all(|(is, wanted)| wanted.is_none_or(|w| *is == w.into()))
+            is.iter().zip(wanted).all(|(is, wanted)| wanted.is_none_or(|w| *is == u32::from(w)))
         };
         let choices = [None, Some(0), Some(7), Some(23)];
         for h in choices {

@@ -5,116 +5,23 @@
 //! space); PCI Express 5.0 §7.2.2 (ECAM).
 use crate::layout::{self, ports};
 use crate::reset_control::ResetControl;
+use device::pci::{ConfigSpace, PciBus, PciDevice, PciSlot, header};
 use device::{
     Device, GuestPhysical, MachineBuilder, MapError, MmioDevice, PioDevice, PowerSink,
     RestoreError, SavedState, Shared, SharedDevice, Width, Wire, lock, share,
 };
-use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 
 /// The configuration address register (§3.2.2.3.2).
 const ADDRESS_ENABLE: u32 = 1 << 31;
 const ADDRESS_WRITABLE: u32 = 0x80ff_fffc;
 
-/// Offsets in the configuration header of a type 0 function (§6.1).
-pub mod header {
-    /// Vendor and device id.
-    pub const IDS: u16 = 0x00;
-    /// Revision, interface, subclass and class.
-    pub const CLASS: u16 = 0x08;
-    /// Header type in bits 16 to 23.
-    pub const TYPE: u16 = 0x0c;
-    /// Subsystem vendor and subsystem id.
-    pub const SUBSYSTEM: u16 = 0x2c;
-    /// Interrupt line and pin.
-    pub const INTERRUPT: u16 = 0x3c;
-}
-/// Dwords of the conventional configuration space.
-const CONFIG_DWORDS: usize = 64;
 /// Header type: the device has further functions (§6.2.1).
 const MULTI_FUNCTION: u32 = 1 << 23;
 
 /// The host bridge: Intel's vendor id, an id without quirks in guest systems, class 06 00 00.
 const HOST_BRIDGE_IDS: (u16, u16) = (0x8086, 0x0d57);
 const HOST_BRIDGE_CLASS: u32 = 0x06_0000;
-
-/// Where a function is on bus 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PciSlot(u8);
-
-impl PciSlot {
-    /// The slot of a device (0 to 31) and function (0 to 7); `None` out of these ranges.
-    pub const fn new(device: u8, function: u8) -> Option<Self> {
-        if device < 32 && function < 8 { Some(Self(device << 3 | function)) } else { None }
-    }
-    /// Device number, 0 to 31.
-    pub const fn device(self) -> u8 {
-        self.0 >> 3
-    }
-    /// Function number, 0 to 7.
-    pub const fn function(self) -> u8 {
-        self.0 & 7
-    }
-}
-
-impl fmt::Display for PciSlot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "00:{:02x}.{}", self.device(), self.function())
-    }
-}
-
-/// Why a device cannot be plugged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PlugError {
-    /// The slot is not empty.
-    #[error("PCI slot {0} is taken; choose another")]
-    Taken(PciSlot),
-}
-
-/// A function on the bus. Called with the host bridge's lock held, on a vCPU thread.
-pub trait PciDevice: Send {
-    /// Reads a dword of configuration space. `offset` is a multiple of 4 below 4096.
-    fn read_config(&mut self, offset: u16) -> u32;
-    /// Writes the bits of `mask` to a dword of configuration space.
-    fn write_config(&mut self, offset: u16, value: u32, mask: u32);
-}
-
-/// A plain configuration space: dwords, and which of their bits a guest can write.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ConfigSpace {
-    values: [u32; CONFIG_DWORDS],
-    writable: [u32; CONFIG_DWORDS],
-}
-
-impl ConfigSpace {
-    /// A type 0 header with nothing writable. `class` is class, subclass and interface in 24
-    /// bits.
-    pub fn new(vendor: u16, device: u16, class: u32, revision: u8) -> Self {
-        let mut space = Self { values: [0; CONFIG_DWORDS], writable: [0; CONFIG_DWORDS] };
-        space.set(header::IDS, u32::from(device) << 16 | u32::from(vendor), 0);
-        space.set(header::CLASS, class << 8 | u32::from(revision), 0);
-        space
-    }
-    /// Sets a dword and its writable bits. Offsets beyond the space are ignored.
-    pub fn set(&mut self, offset: u16, value: u32, writable: u32) {
-        let index = usize::from(offset / 4);
-        if let (Some(v), Some(w)) = (self.values.get_mut(index), self.writable.get_mut(index)) {
-            (*v, *w) = (value, writable);
-        }
-    }
-    /// Reads a dword; zero beyond the space, where an extended capability list would begin.
-    pub fn read(&self, offset: u16) -> u32 {
-        self.values.get(usize::from(offset / 4)).copied().unwrap_or(0)
-    }
-    /// Writes the writable bits of `mask`.
-    pub fn write(&mut self, offset: u16, value: u32, mask: u32) {
-        let index = usize::from(offset / 4);
-        if let (Some(v), Some(w)) = (self.values.get_mut(index), self.writable.get(index)) {
-            *v = *v & !(mask & w) | value & mask & w;
-        }
-    }
-}
 
 /// The host bridge's own function.
 struct HostBridge(ConfigSpace);
@@ -140,39 +47,27 @@ pub struct PciHost {
     power: Arc<dyn PowerSink>,
     address: u32,
     reset: ResetControl,
-    slots: BTreeMap<PciSlot, Shared<dyn PciDevice>>,
+    bus: Arc<PciBus>,
 }
 
 impl PciHost {
-    /// Plugs a function into a slot.
-    ///
-    /// # Errors
-    /// The slot is taken; 00:00.0 is the host bridge's own.
-    pub fn plug(&mut self, slot: PciSlot, device: Shared<dyn PciDevice>) -> Result<(), PlugError> {
-        if self.slots.contains_key(&slot) {
-            return Err(PlugError::Taken(slot));
-        }
-        self.slots.insert(slot, device);
-        Ok(())
+    /// The function in a slot of bus 0, the only one.
+    fn function(&self, bus: u8, function: u8) -> Option<Shared<dyn PciDevice>> {
+        (bus == 0).then(|| self.bus.function(PciSlot::from_address(function)))?
     }
 
     fn read_config(&self, bus: u8, function: u8, offset: u16) -> u32 {
-        let Some(device) = self.slots.get(&PciSlot(function)).filter(|_| bus == 0) else {
-            return u32::MAX;
-        };
-        let value = lock(device).read_config(offset);
+        let Some(device) = self.function(bus, function) else { return u32::MAX };
+        let value = lock(&device).read_config(offset);
         // A device with more functions says so in the header of its first.
-        let next = PciSlot(function.saturating_add(1))..=PciSlot(function | 7);
-        let first = function & 7 == 0;
-        if offset == header::TYPE && first && self.slots.range(next).next().is_some() {
-            return value | MULTI_FUNCTION;
-        }
-        value
+        let slot = PciSlot::from_address(function);
+        let first = offset == header::TYPE && slot.function() == 0;
+        if first && self.bus.has_more_functions(slot) { value | MULTI_FUNCTION } else { value }
     }
 
     fn write_config(&self, bus: u8, function: u8, offset: u16, value: u32, mask: u32) {
-        if let Some(device) = self.slots.get(&PciSlot(function)).filter(|_| bus == 0) {
-            lock(device).write_config(offset, value, mask);
+        if let Some(device) = self.function(bus, function) {
+            lock(&device).write_config(offset, value, mask);
         }
     }
 
@@ -295,20 +190,21 @@ impl Device for PciHost {
     }
 }
 
-/// A PCI root with its host bridge at 00:00.0.
+/// A PCI root with its host bridge at 00:00.0. Other functions are plugged into the machine's
+/// [`PciBus`], and decode addresses between [`layout::PCI_MMIO_START`] and its end.
 #[derive(Debug)]
 pub struct PciHostConfig;
 
 impl Wire for PciHostConfig {
     type Handle = Shared<PciHost>;
     fn wire(self, machine: &mut dyn MachineBuilder) -> Result<Self::Handle, MapError> {
-        let bridge: Shared<dyn PciDevice> = share(HostBridge::new());
-        let host = share(PciHost {
-            power: machine.power(),
-            address: 0,
-            reset: ResetControl::default(),
-            slots: BTreeMap::from([(PciSlot(0), bridge)]),
-        });
+        let bus = machine.pci();
+        bus.plug(PciSlot::from_address(0), share(HostBridge::new()))
+            .map_err(|source| MapError::Slot { device: "the host bridge".into(), source })?;
+        let (from, to) = (layout::PCI_MMIO_START, layout::PCI_MMIO_END);
+        machine.map_window(from, to.0 - from.0, bus.window())?;
+        let reset = ResetControl::default();
+        let host = share(PciHost { power: machine.power(), address: 0, reset, bus });
         let device: SharedDevice = host.clone();
         machine.map_ports(ports::PCI_CONFIG_ADDRESS..=ports::PCI_CONFIG_DATA + 3, &device)?;
         let length = layout::PCI_ECAM_LENGTH_PER_BUS * u64::from(layout::PCI_BUSES);
@@ -339,12 +235,12 @@ mod tests {
         let host = PciHostConfig.wire(machine.builder()).unwrap();
         (machine, host)
     }
-    fn plug(host: &Shared<PciHost>, device: u8, function: u8) {
+    fn plug(machine: &mut TestMachine, device: u8, function: u8) {
         let mut space = ConfigSpace::new(0x1af4, 0x1042, 0x01_0000, 1);
         space.set(header::INTERRUPT, 0x0100, 0xff);
         space.set(header::SUBSYSTEM, 0xabcd_1234, 0);
         let slot = PciSlot::new(device, function).unwrap();
-        lock(host).plug(slot, share(Function(space))).unwrap();
+        machine.builder().pci().plug(slot, share(Function(space))).unwrap();
     }
     fn outl(machine: &TestMachine, port: u16, value: u32) {
         machine.bus().pio_write(port, &value.to_le_bytes());
@@ -381,8 +277,8 @@ mod tests {
 
     #[test]
     fn bytes_and_words_reach_their_part_of_a_dword() {
-        let (machine, host) = machine();
-        plug(&host, 3, 0);
+        let (mut machine, _) = machine();
+        plug(&mut machine, 3, 0);
         assert_eq!(config(&machine, 3, 0x2c), 0xabcd_1234);
         let mut word = [0; 2];
         machine.bus().pio_read(0xcfe, &mut word);
@@ -394,8 +290,8 @@ mod tests {
 
     #[test]
     fn ecam_shows_the_same_space() {
-        let (machine, host) = machine();
-        plug(&host, 3, 0);
+        let (mut machine, _) = machine();
+        plug(&mut machine, 3, 0);
         let at = GuestPhysical(layout::PCI_ECAM.0 + (3 << 15));
         let mut data = [0; 8];
         machine.bus().mmio_read(at, &mut data);
@@ -411,15 +307,11 @@ mod tests {
 
     #[test]
     fn a_second_function_shows_in_the_header_of_the_first() {
-        let (machine, host) = machine();
-        plug(&host, 3, 0);
+        let (mut machine, _) = machine();
+        plug(&mut machine, 3, 0);
         assert_eq!(config(&machine, 3, 0x0c) & MULTI_FUNCTION, 0);
-        plug(&host, 3, 2);
+        plug(&mut machine, 3, 2);
         assert_eq!(config(&machine, 3, 0x0c) & MULTI_FUNCTION, MULTI_FUNCTION);
-        let slot = PciSlot::new(3, 2).unwrap();
-        let again = share(Function(ConfigSpace::new(0, 0, 0, 0)));
-        assert_eq!(lock(&host).plug(slot, again), Err(PlugError::Taken(slot)));
-        assert_eq!(PciSlot::new(32, 0), None);
     }
 
     #[test]

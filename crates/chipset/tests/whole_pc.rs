@@ -11,7 +11,10 @@ use chipset::rtc::RtcConfig;
 use chipset::uart::{SerialOutput, UartConfig};
 use chipset::{InterruptRouter, layout};
 use device::testing::{MockClock, RecordingMsi, RecordingPower};
-use device::{AlarmQueue, Bus, Clock, GuestPhysical, SavedState, SharedDevice, Wire, Wiring, lock};
+use device::{
+    AlarmQueue, Bus, Clock, Connections, GuestMemory, GuestPhysical, GuestRam, NoDoorbells,
+    SavedState, SharedDevice, Wire, Wiring, lock,
+};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,8 +40,15 @@ impl Pc {
         let alarms = AlarmQueue::new(|| {});
         let router = InterruptRouter::new(Arc::new(|_| {}), msi.clone());
         let power = Arc::new(RecordingPower::default());
-        let mut machine =
-            Wiring::new(clock.clone(), router.clone(), msi.clone(), power, alarms.clone());
+        let mut machine = Wiring::new(Connections {
+            clock: clock.clone(),
+            alarms: alarms.clone(),
+            interrupts: router.clone(),
+            msi: msi.clone(),
+            power,
+            ram: GuestRam::new(Arc::new(GuestMemory::new()), Arc::new(())),
+            doorbells: Arc::new(NoDoorbells),
+        });
         router.wire(&mut machine).unwrap();
         let (_, pit) = PitConfig.wire(&mut machine).unwrap();
         let (_, rtc) = RtcConfig { low_ram: 512 << 20, high_ram: 0 }.wire(&mut machine).unwrap();

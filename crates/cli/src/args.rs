@@ -1,7 +1,14 @@
 //! The command line of `bv`.
+use crate::disk::DiskCommand;
+use crate::disk_arg::DiskArg;
+use crate::images::ImageCommand;
+use ::disk::Format;
+use ::net::HostForward;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
-use vmm::{Bytes, CpuChoice, EngineChoice};
+use host::MachineName;
+use image::seed::{Hostname, NetworkConfig, SeedError, SshKey, UserData};
+use std::path::{Path, PathBuf};
+use vmm::{Bytes, CpuChoice, EngineChoice, Mount, VsockOptions};
 
 /// Boots operating systems in virtual machines on any x86-64 Linux, with or without KVM.
 #[derive(Debug, Parser)]
@@ -20,16 +27,31 @@ pub enum Command {
     /// Without a guest or kernel, this fetches Debian's kernel and busybox and gives a shell on
     /// the serial console.
     Run(Box<Run>),
-    /// Say what this machine offers to virtual machines, and what bv will use.
-    Doctor,
+    /// Make, inspect, convert and change disk images.
+    Disk {
+        /// What to do.
+        #[command(subcommand)]
+        command: DiskCommand,
+    },
     /// List, get and remove the images that machines are made from.
     #[command(subcommand)]
     Image(ImageCommand),
+    /// List the machines that were made from images.
+    Ls,
+    /// Remove machines, with their disks.
+    Rm {
+        /// Their names.
+        #[arg(required = true)]
+        names: Vec<MachineName>,
+    },
+    /// Say what this machine offers to virtual machines, and what bv will use.
+    Doctor,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   bv run                                  Debian: a shell on the serial console
+  bv run debian:12                        a whole Debian 12, with a disk of its own
   bv run hello                            a tiny built-in guest; needs no network
   bv run --kernel bzImage --initrd initrd.cpio --cmdline 'console=ttyS0' --cpus 2
   bv run --kernel kernel.elf --module 'disk.img root' --no-reboot --debug-exit
@@ -47,9 +69,37 @@ Exit status:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Run {
-    /// A built-in guest to run instead of Debian.
-    #[arg(conflicts_with = "kernel")]
-    pub guest: Option<Guest>,
+    /// An image, as debian:12; a disk, as ./disk.qcow2; or the built-in guest hello.
+    ///
+    /// An image is fetched or built when it is first used, and stays as it is: what the machine
+    /// writes goes to a disk of its own, and is there again the next time. Without a guest and a
+    /// kernel, Debian's kernel and a shell run from memory.
+    #[arg(value_name = "IMAGE|DISK|hello")]
+    pub guest: Option<GuestArg>,
+    /// What to call the machine made from the image [default: after the image, as debian-12].
+    #[arg(long)]
+    pub name: Option<MachineName>,
+    /// Forget the machine made from the image when it ends.
+    #[arg(long)]
+    pub temporary: bool,
+    /// Make the disk of the machine made from the image at least so large.
+    #[arg(long, value_name = "SIZE")]
+    pub disk_size: Option<Bytes>,
+    /// Format of the disk that is run, where its header does not say or is not to be believed.
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// Host name of the guest [default: the machine's name].
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<Hostname>,
+    /// Public SSH key, or a file of them, with which to log in as root; may be repeated.
+    #[arg(long = "ssh-key", value_name = "KEY|FILE")]
+    pub ssh_keys: Vec<Keys>,
+    /// User data for cloud-init in the guest.
+    #[arg(long, value_name = "FILE", value_parser = user_data)]
+    pub cloud_init: Option<UserData>,
+    /// Network configuration for cloud-init in the guest.
+    #[arg(long, value_name = "FILE", value_parser = network_config)]
+    pub network_config: Option<NetworkConfig>,
     /// Kernel to boot: a bzImage, an ELF file with a PVH note, or a multiboot 1 or 2 image.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -59,12 +109,13 @@ pub struct Run {
     /// Module for a multiboot or PVH kernel, with its arguments; may be repeated.
     #[arg(long = "module", value_name = "'FILE ARGS'", requires = "kernel")]
     pub modules: Vec<String>,
-    /// The kernel's command line [default for Debian: "console=ttyS0 quiet"].
+    /// The kernel's command line [default for Debian: "console=ttyS0 quiet"]; for an image it is
+    /// added to its own.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// Size of the guest's memory, as 512MiB or 2GiB.
-    #[arg(long, value_name = "SIZE", default_value = "512MiB")]
-    pub memory: Bytes,
+    /// Size of the guest's memory, as 2GiB [default: 512MiB, for images and disks 1GiB].
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Bytes>,
     /// Number of virtual CPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -83,76 +134,119 @@ pub struct Run {
     /// Give the guest the debug-exit port 0xf4.
     #[arg(long)]
     pub debug_exit: bool,
+    /// Disk for the guest; may be repeated, the first is /dev/vda.
+    ///
+    /// FILE is an image; `format=raw` is needed for raw ones. `readonly` refuses writes,
+    /// `backing` allows images that stand on others, `full=fail` has writes fail when the host
+    /// has no room instead of pausing. `size=10GiB` is an empty disk that is gone afterwards.
+    #[arg(long = "disk", value_name = "FILE|size=SIZE[,OPTIONS]")]
+    pub disks: Vec<DiskArg>,
+    /// Network for the guest: nat reaches whatever this process can, without root.
+    #[arg(long, value_enum, default_value_t = Network::Nat)]
+    pub network: Network,
+    /// Port of this host that leads to one of the guest: [ADDRESS:]PORT:GUEST-PORT[/tcp|/udp];
+    /// may be repeated. Without an address only this host reaches it.
+    #[arg(short, long = "publish", value_name = "FORWARD")]
+    pub publish: Vec<HostForward>,
+    /// A source of entropy for the guest.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub rng: Switch,
+    /// Folder of the host to share, and the place where the guest finds it; may be repeated.
+    ///
+    /// What the guest makes there belongs to you. The first folder has the virtio-fs tag share0,
+    /// the second share1 and so on.
+    #[arg(long = "mount", value_name = "HOST:GUEST[:ro]")]
+    pub mounts: Vec<Mount>,
+    /// Memory that the guest is to give back at first; off for a guest without a balloon.
+    ///
+    /// With a balloon, memory that the guest has freed goes back to the host by itself.
+    #[arg(long, value_name = "SIZE|off", default_value = "0")]
+    pub balloon: BalloonArg,
+    /// Socket by which programs reach those in the guest (virtio-vsock).
+    ///
+    /// A program that connects to PATH and sends the line "CONNECT PORT" speaks with what listens
+    /// at that port in the guest. The guest reaches what listens at PATH_PORT as port PORT of
+    /// address 2. The guest's own address is 3, if none is given.
+    #[arg(long, value_name = "PATH[,cid=N]")]
+    pub vsock: Option<VsockOptions>,
 }
 
-const IMPORT_EXAMPLES: &str = "\
-Examples:
-  bv image import disk.qcow2 mine
-  bv image import disk.img mine:2 --format raw --kernel vmlinuz --cmdline 'root=/dev/vda1'";
-
-/// What `bv image` does.
-#[derive(Debug, Subcommand)]
-pub enum ImageCommand {
-    /// List the images that are here.
-    Ls {
-        /// List those that `bv image pull` can get instead.
-        #[arg(long)]
-        available: bool,
-    },
-    /// Get an image of the catalogue, unless it is here.
-    Pull {
-        /// The image, as debian:12.
-        #[arg(value_name = "NAME")]
-        name: String,
-        /// Get the newest, and let it take the name of the one that is here.
-        #[arg(long)]
-        update: bool,
-    },
-    /// Remove images, unless machines use them.
-    Rm {
-        /// The images.
-        #[arg(value_name = "NAME", required = true)]
-        names: Vec<image::Name>,
-    },
-    /// Copy a disk of yours into the images, under a new name.
-    Import(ImageImport),
-    /// Remove what no machine uses and no name leads to, and what was cut off.
-    Prune {
-        /// Remove images with names too, if no machine uses them.
-        #[arg(long)]
-        all: bool,
-    },
-}
-
-/// The flags of `bv image import`.
-#[derive(Debug, Args)]
-#[command(after_help = IMPORT_EXAMPLES)]
-pub struct ImageImport {
-    /// The disk.
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-    /// What to call it.
-    #[arg(value_name = "NAME")]
-    pub name: image::Name,
-    /// The disk's format, which a raw disk does not show: raw, qcow2, vmdk, vdi, vhd or vhdx.
-    #[arg(long, value_name = "FORMAT")]
-    pub format: Option<image::Format>,
-    /// The kernel that boots it.
-    #[arg(long, value_name = "FILE", requires = "cmdline")]
-    pub kernel: Option<PathBuf>,
-    /// Initial RAM disk for the kernel.
-    #[arg(long, value_name = "FILE", requires = "kernel")]
-    pub initrd: Option<PathBuf>,
-    /// The kernel's command line, which names the root file system, as root=/dev/vda1.
-    #[arg(long, value_name = "TEXT", requires = "kernel", allow_hyphen_values = true)]
-    pub cmdline: Option<String>,
-}
-
-/// The guests that `bv` carries in itself.
+/// The values of `--network`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Guest {
-    /// Says what it found, and echoes what is typed.
+pub enum Network {
+    /// Addresses by DHCP, names by DNS, TCP, UDP and ping to the outside.
+    Nat,
+    /// No card.
+    None,
+}
+
+/// Whether the guest gets something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// It does.
+    On,
+    /// It does not.
+    Off,
+}
+
+/// What `bv run` is to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestArg {
+    /// The guest that `bv` carries in itself: it says what it found, and echoes what is typed.
     Hello,
+    /// An image of this name.
+    Image(String),
+    /// A disk.
+    Disk(PathBuf),
+}
+
+impl std::str::FromStr for GuestArg {
+    type Err = image::NameError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let path = Path::new(text);
+        match text {
+            "hello" => Ok(Self::Hello),
+            _ if text.contains('/') || path.is_file() => Ok(Self::Disk(path.to_owned())),
+            _ => text.parse::<image::Name>().map(|name| Self::Image(name.to_string())),
+        }
+    }
+}
+
+/// The SSH keys of one `--ssh-key`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keys(pub Vec<SshKey>);
+
+impl std::str::FromStr for Keys {
+    type Err = SeedError;
+
+    fn from_str(text: &str) -> Result<Self, SeedError> {
+        SshKey::from_file_or_text(text).map(Self)
+    }
+}
+
+fn user_data(path: &str) -> Result<UserData, SeedError> {
+    UserData::read(Path::new(path))
+}
+
+fn network_config(path: &str) -> Result<NetworkConfig, SeedError> {
+    NetworkConfig::read(Path::new(path))
+}
+
+impl Run {
+    /// A flag that only machines made from images have, if one is given.
+    pub fn image_flag(&self) -> Option<&'static str> {
+        let flags = [
+            (self.name.is_some(), "--name"),
+            (self.temporary, "--temporary"),
+            (self.disk_size.is_some(), "--disk-size"),
+            (self.hostname.is_some(), "--hostname"),
+            (!self.ssh_keys.is_empty(), "--ssh-key"),
+            (self.cloud_init.is_some(), "--cloud-init"),
+            (self.network_config.is_some(), "--network-config"),
+        ];
+        flags.into_iter().find(|(given, _)| *given).map(|(_, flag)| flag)
+    }
 }
 
 /// The values of `--engine`.
@@ -202,6 +296,23 @@ impl std::str::FromStr for SerialArg {
     }
 }
 
+/// The values of `--balloon`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BalloonArg {
+    /// A balloon that shall have so much at first.
+    Target(Bytes),
+    /// No balloon.
+    Off,
+}
+
+impl std::str::FromStr for BalloonArg {
+    type Err = vmm::NotASize;
+
+    fn from_str(text: &str) -> Result<Self, vmm::NotASize> {
+        if text == "off" { Ok(Self::Off) } else { text.parse().map(Self::Target) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -223,10 +334,19 @@ mod tests {
     fn plain_run_is_debian_with_512_mib_and_one_cpu_on_stdio() {
         let run = run(&["bv", "run"]);
         assert_eq!((run.guest, run.kernel, run.cmdline), (None, None, None));
-        assert_eq!((run.memory, run.cpus), (Bytes::mib(512), 1));
+        assert_eq!((run.memory, run.cpus), (None, 1));
         assert_eq!(run.cpu, CpuChoice::Host);
         assert_eq!((run.serial, run.engine), (SerialArg::Stdio, Engine::Auto));
         assert!(!run.no_reboot && !run.debug_exit);
+    }
+
+    #[test]
+    fn a_guest_is_an_image_by_its_name_and_a_disk_by_its_path() {
+        let guest = |text| run(&["bv", "run", text]).guest.unwrap();
+        assert_eq!(guest("hello"), GuestArg::Hello);
+        assert_eq!(guest("debian:12"), GuestArg::Image("debian:12".into()));
+        assert_eq!(guest("./a.qcow2"), GuestArg::Disk("./a.qcow2".into()));
+        assert!(Cli::try_parse_from(["bv", "run", "Debian 12"]).is_err());
     }
 
     #[test]

@@ -1,15 +1,79 @@
 //! `bv image`.
-use crate::args::{ImageCommand, ImageImport};
 use crate::messages::{self, say};
 use crate::progress::Bar;
+use clap::{Args, Subcommand};
 use image::{
     Boot, Catalogue, CatalogueError, Import, Listed, Name, Origin, PullError, Store, StoreError,
     pull,
 };
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::SystemTime;
+
+const IMPORT_EXAMPLES: &str = "\
+Examples:
+  bv image import disk.qcow2 mine
+  bv image import disk.img mine:2 --format raw --kernel vmlinuz --cmdline 'root=/dev/vda1'";
+
+/// What `bv image` does.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// List the images that are here.
+    Ls {
+        /// List those that `bv image pull` can get instead.
+        #[arg(long)]
+        available: bool,
+    },
+    /// Get an image of the catalogue, unless it is here.
+    Pull {
+        /// The image, as debian:12.
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Get the newest, and let it take the name of the one that is here.
+        #[arg(long)]
+        update: bool,
+    },
+    /// Remove images, unless machines use them.
+    Rm {
+        /// The images.
+        #[arg(value_name = "NAME", required = true)]
+        names: Vec<image::Name>,
+    },
+    /// Copy a disk of yours into the images, under a new name.
+    Import(ImageImport),
+    /// Remove what no machine uses and no name leads to, and what was cut off.
+    Prune {
+        /// Remove images with names too, if no machine uses them.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+/// The flags of `bv image import`.
+#[derive(Debug, Args)]
+#[command(after_help = IMPORT_EXAMPLES)]
+pub struct ImageImport {
+    /// The disk.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// What to call it.
+    #[arg(value_name = "NAME")]
+    pub name: image::Name,
+    /// The disk's format, which a raw disk does not show: raw, qcow2, vmdk, vdi, vhd or vhdx.
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<image::Format>,
+    /// The kernel that boots it.
+    #[arg(long, value_name = "FILE", requires = "cmdline")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, which names the root file system, as root=/dev/vda1.
+    #[arg(long, value_name = "TEXT", requires = "kernel", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+}
 
 /// The status of a failure that is not the input's fault.
 const FAILED: u8 = 1;
@@ -108,7 +172,7 @@ fn import(arguments: ImageImport) -> Import {
 fn images(listed: &[Listed]) -> String {
     let rows = listed.iter().map(|listed| {
         let name = listed.name.as_ref().map_or_else(|| "-".to_owned(), Name::to_string);
-        let age = listed.image.made().map_or_else(|| "-".to_owned(), |made| age(made));
+        let age = listed.image.made().map_or_else(|| "-".to_owned(), age);
         let users = match listed.users.len() {
             0 => "-".to_owned(),
             1 => "1 disk".to_owned(),

@@ -1,4 +1,5 @@
-//! What `bv` itself says, always on standard error: standard output is the guest's.
+//! What `bv` itself says: on standard error, for standard output is the guest's, or that of commands
+//! which are asked for something.
 use crate::terminal;
 use std::error::Error;
 use std::fmt::Write as _;
@@ -13,6 +14,12 @@ pub fn say(message: &str) {
     }
     // Nobody is left to hear that standard error is gone.
     drop(std::io::stderr().write_all(text.as_bytes()));
+}
+
+/// Prints what a command was asked for.
+pub fn print(text: &str) {
+    // Nobody is left to read it where standard output is gone.
+    drop(std::io::stdout().write_all(text.as_bytes()));
 }
 
 /// An error and its sources as a short numbered list, each adding a fact.

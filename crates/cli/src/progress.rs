@@ -1,4 +1,4 @@
-//! Progress of a download: a bar on a terminal, a line a stage elsewhere.
+//! Progress of downloads and copies: a bar on a terminal, at most a line a stage elsewhere.
 use crate::messages;
 use image::{Progress, Stage, Step};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -67,5 +67,34 @@ impl Progress for Bar {
 impl Drop for Bar {
     fn drop(&mut self) {
         self.finish();
+    }
+}
+
+/// A bar for one piece of work on bytes; shown on a terminal only.
+#[derive(Debug)]
+pub struct ByteBar(Option<ProgressBar>);
+
+impl ByteBar {
+    /// A bar that says what is done.
+    pub fn new(what: String) -> Self {
+        let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}";
+        let bar = || ProgressBar::new(0).with_style(style(template)).with_message(what);
+        Self(std::io::stderr().is_terminal().then(bar))
+    }
+
+    /// Shows how far it is.
+    pub fn set(&self, done: u64, total: u64) {
+        if let Some(bar) = &self.0 {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+    }
+}
+
+impl Drop for ByteBar {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
     }
 }

@@ -43,6 +43,23 @@ fn a_memory_that_cannot_be_is_refused_with_its_limit() {
 }
 
 #[test]
+fn a_folder_that_cannot_be_shared_is_refused_with_the_fix() {
+    refused(&["--mount", "src"], &["--mount", "HOST:GUEST", "~/src:/src"]);
+    refused(&["--mount", "/tmp:src"], &["--mount", "\"src\"", "absolute path like /src"]);
+    let missing = &["--mount", "/no/such/folder cannot be shared", "give a folder that exists"];
+    refused(&["--mount", "/no/such/folder:/src"], missing);
+    refused(&["--mount", "/proc:/host"], &["--mount", "/proc is a procfs"]);
+}
+
+#[test]
+fn sockets_and_balloons_that_cannot_be_are_refused_with_the_fix() {
+    refused(&["--vsock", "s,cid=x"], &["--vsock", "vm.sock,cid=3"]);
+    refused(&["--vsock", "s,cid=2"], &["--vsock", "2 is no address of a guest", "from 3"]);
+    refused(&["--vsock", "/no/such/s"], &["--vsock", "cannot listen at /no/such/s"]);
+    refused(&["--balloon", "much"], &["--balloon", "512MiB"]);
+}
+
+#[test]
 fn a_number_of_cpus_that_cannot_be_is_refused_with_the_limit() {
     refused(&["--cpus", "0"], &["--cpus: 0", "1 to"]);
     refused(&["--cpus", "100000"], &["--cpus: 100000", "1 to"]);

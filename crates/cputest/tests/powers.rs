@@ -5,7 +5,7 @@
 
 use arch::registers::{gpr, rflags};
 use arch::{GuestPhysical, GuestVirtual};
-use cputest::layout::{page, read, read_u32};
+use cputest::layout::{page, read, read_u32, write};
 use cputest::machine::{Access, Watchdog};
 use cputest::micro::{Guest, Mode, SAY, at, done, say};
 use cputest::on_each_engine;
@@ -64,6 +64,35 @@ on_each_engine!(a_write_to_a_doorbell_rings_and_does_not_reach_the_machine, |eng
     let write = |offset| Access::Write(GuestPhysical(DEVICE + offset), 7);
     assert_eq!(writes, [write(0x10), write(0x12)]);
     assert!(guest.io.out(0x70).is_empty());
+});
+
+on_each_engine!(code_that_a_device_writes_is_run_as_written, |engine| {
+    let mut guest = with_device(engine);
+    // mov eax, imm32; ret
+    let code = |value: u8| [0xb8, value, 0, 0, 0, 0xc3];
+    write(&guest.memory, at::DATA, &code(1));
+    let (memory, vm) = (guest.memory.clone(), Arc::downgrade(&guest.vm));
+    let rounds = AtomicU32::new(1);
+    let load_code = move || {
+        let value = rounds.fetch_add(1, Ordering::SeqCst) as u8 + 1;
+        write(&memory, at::DATA, &code(value));
+        if let Some(vm) = vm.upgrade() {
+            vm.memory_written(GuestPhysical(at::DATA), code(value).len());
+        }
+    };
+    let bell = Doorbell { place: mmio(0), rings: Rings::Any };
+    let _bell = guest.vm.doorbell(bell, Arc::new(load_code)).unwrap();
+    guest.code(at::CODE, |a| {
+        a.mov(rbx, DEVICE)?;
+        a.mov(esi, at::DATA as u32)?;
+        for _ in 0..4 {
+            a.call(rsi)?;
+            say(a)?;
+            a.mov(dword_ptr(rbx), eax)?;
+        }
+        done(a)
+    });
+    assert_eq!(guest.run().done(), [1, 2, 3, 4]);
 });
 
 on_each_engine!(reads_of_a_doorbell_reach_the_machine, |engine| {

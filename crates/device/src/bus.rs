@@ -1,5 +1,7 @@
 //! The map from ports and guest-physical addresses to devices.
-use crate::{Device, SharedDevice, lock};
+use crate::pci::PlugError;
+use crate::window::Target;
+use crate::{Device, SharedDevice, Window, lock};
 use arch::GuestPhysical;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -69,13 +71,22 @@ pub enum MapError {
     /// The name is taken.
     #[error("{0}: a device of this name is there already; name each device once")]
     Name(String),
+    /// The PCI bus has no place for the device.
+    #[error("{device} cannot be plugged in")]
+    Slot {
+        /// The device that asked.
+        device: String,
+        /// Why not.
+        #[source]
+        source: PlugError,
+    },
 }
 
 struct Range {
     start: u64,
     /// Inclusive, so that the last byte of the address space can be mapped.
     end: u64,
-    device: SharedDevice,
+    target: Target,
 }
 
 /// Ranges in ascending order, without overlap.
@@ -83,34 +94,29 @@ struct Range {
 struct Map(Vec<Range>);
 
 impl Map {
-    fn insert(&mut self, start: u64, end: u64, device: &SharedDevice) -> Result<(), MapError> {
-        let name = || lock(device).name().to_owned();
+    fn insert(&mut self, start: u64, end: u64, target: Target) -> Result<(), MapError> {
         if start > end {
-            return Err(MapError::Range { device: name(), start, end });
+            return Err(MapError::Range { device: target.name(), start, end });
         }
         let at = self.0.partition_point(|range| range.end < start);
-        if let Some(other) = self.0.get(at).filter(|range| range.start <= end) {
-            let other_name = if Arc::ptr_eq(&other.device, device) {
-                name()
-            } else {
-                lock(&other.device).name().to_owned()
-            };
-            return Err(MapError::Overlap { device: name(), start, end, other: other_name });
+        if let Some(there) = self.0.get(at).filter(|range| range.start <= end) {
+            let (device, other) = (target.name(), there.target.name());
+            return Err(MapError::Overlap { device, start, end, other });
         }
-        self.0.insert(at, Range { start, end, device: Arc::clone(device) });
+        self.0.insert(at, Range { start, end, target });
         Ok(())
     }
 
-    /// The device at `address`, and how many bytes from there on are its own: of `length`, which
-    /// is at least 1. Where no device is, the number of bytes before the next one.
-    fn find(&self, address: u64, length: usize) -> (Option<&SharedDevice>, usize) {
+    /// What is at `address`, and how many bytes from there on are its own: of `length`, which
+    /// is at least 1. Where nothing is, the number of bytes before the next range.
+    fn find(&self, address: u64, length: usize) -> (Option<&Target>, usize) {
         let at = self.0.partition_point(|range| range.end < address);
         let Some(range) = self.0.get(at) else { return (None, length) };
         let fit = |bytes: u64| usize::try_from(bytes).map_or(length, |bytes| bytes.min(length));
         if address < range.start {
             (None, fit(range.start - address))
         } else {
-            (Some(&range.device), fit((range.end - address).saturating_add(1)))
+            (Some(&range.target), fit((range.end - address).saturating_add(1)))
         }
     }
 
@@ -126,11 +132,17 @@ impl Map {
         let mut offset = 0;
         while offset < length {
             let here = address.wrapping_add(offset as u64);
-            let (device, bytes) = self.find(here, length - offset);
+            let (target, bytes) = self.find(here, length - offset);
+            let (moving, bytes) = match target {
+                Some(Target::Window(window)) => window.find(here, bytes),
+                _ => (None, bytes),
+            };
             let width = Width::within(bytes).min(widest);
-            match device {
-                Some(device) => part(Some(&mut *lock(device)), here, width, offset),
-                None => part(None, here, width, offset),
+            match (target, &moving) {
+                (Some(Target::Device(device)), _) | (_, Some(device)) => {
+                    part(Some(&mut *lock(device)), here, width, offset);
+                }
+                _ => part(None, here, width, offset),
             }
             offset += width.bytes();
         }
@@ -138,7 +150,7 @@ impl Map {
 }
 
 /// The bus of a machine. It does not change after assembly, so vCPU threads use it without a
-/// lock; each device has its own.
+/// lock, but for its windows; each device has its own.
 #[derive(Default)]
 pub struct Bus {
     ports: Map,
@@ -160,7 +172,8 @@ impl Bus {
             return Err(MapError::Capability(guard.name().to_owned()));
         }
         drop(guard);
-        self.ports.insert(u64::from(*ports.start()), u64::from(*ports.end()), device)
+        let (start, end) = (u64::from(*ports.start()), u64::from(*ports.end()));
+        self.ports.insert(start, end, Target::Device(Arc::clone(device)))
     }
 
     /// Gives guest-physical addresses to a device.
@@ -180,13 +193,27 @@ impl Bus {
         }
         let name = guard.name().to_owned();
         drop(guard);
-        match length.checked_sub(1).and_then(|last| start.0.checked_add(last)) {
-            Some(end) => self.mmio.insert(start.0, end, device),
-            None => {
-                let end = start.0.wrapping_add(length).wrapping_sub(1);
-                Err(MapError::Range { device: name, start: start.0, end })
-            }
-        }
+        let Some(end) = last(start, length) else {
+            return Err(empty_or_wrapping(name, start, length));
+        };
+        self.mmio.insert(start.0, end, Target::Device(Arc::clone(device)))
+    }
+
+    /// Has devices come and go within a range of guest-physical addresses.
+    ///
+    /// # Errors
+    /// An address is taken, or the range is empty or wraps.
+    pub fn map_window(
+        &mut self,
+        start: GuestPhysical,
+        length: u64,
+        window: &Arc<Window>,
+    ) -> Result<(), MapError> {
+        let target = Target::Window(Arc::clone(window));
+        let Some(end) = last(start, length) else {
+            return Err(empty_or_wrapping(target.name(), start, length));
+        };
+        self.mmio.insert(start.0, end, target)
     }
 
     /// IN of 1, 2 or 4 bytes. Ports that belong to no device read as all ones.
@@ -228,6 +255,16 @@ impl Bus {
             }
         });
     }
+}
+
+/// The last address of a range; `None` where it is empty or wraps.
+fn last(start: GuestPhysical, length: u64) -> Option<u64> {
+    start.0.checked_add(length.checked_sub(1)?)
+}
+
+fn empty_or_wrapping(device: String, start: GuestPhysical, length: u64) -> MapError {
+    let end = start.0.wrapping_add(length).wrapping_sub(1);
+    MapError::Range { device, start: start.0, end }
 }
 
 fn store(data: &mut [u8], offset: usize, width: Width, value: u64) {
@@ -355,5 +392,37 @@ mod tests {
             Err(MapError::Range { .. })
         ));
         assert!(matches!(bus.map_mmio(GuestPhysical(0), 1, &b), Err(MapError::Capability(_))));
+    }
+
+    #[test]
+    fn a_device_answers_where_it_is_in_a_window_at_present() {
+        let ((a, shared), (_, other)) = (probe("a"), probe("b"));
+        let window = Arc::new(Window::default());
+        let mut bus = Bus::default();
+        bus.map_mmio(GuestPhysical(0x2000), 0x10, &other).unwrap();
+        assert!(bus.map_window(GuestPhysical(0x1000), 0x1001, &window).is_err());
+        bus.map_window(GuestPhysical(0x1000), 0x1000, &window).unwrap();
+        let weak = Arc::downgrade(&shared);
+        let mut mapping = crate::WindowMapping::new(window.clone(), weak.clone(), 4);
+        let read = |at, length| {
+            let mut data = vec![0; length];
+            bus.mmio_read(GuestPhysical(at), &mut data);
+            data
+        };
+        assert_eq!(read(0x1010, 2), [0xff, 0xff]);
+        assert!(mapping.set(Some(GuestPhysical(0x1010))));
+        assert_eq!(read(0x100e, 8), [0xff, 0xff, 0x10, 0x10, 0x10, 0x10, 0xff, 0xff]);
+        assert!(mapping.set(Some(GuestPhysical(0x1ffe))) && !mapping.set(mapping.at()));
+        assert_eq!(read(0x1010, 2), [0xff, 0xff], "gone from there");
+        assert_eq!(read(0x1ffe, 4), [0xfe, 0xfe, 0, 0], "the window ends, the next device begins");
+        bus.mmio_write(GuestPhysical(0x1ffe), &[1]);
+        assert_eq!(lock(&a).1, [(0x1ffe, 1, 1)]);
+        assert_eq!(mapping.offset(GuestPhysical(0x1fff)), Some(1));
+        assert_eq!(mapping.offset(GuestPhysical(0x2002)), None);
+        drop(mapping);
+        assert_eq!(read(0x1ffe, 1), [0xff]);
+        window.map(GuestPhysical(0x1000), 4, &weak);
+        drop((shared, a));
+        assert_eq!(read(0x1000, 1), [0xff], "a window does not keep a device");
     }
 }

@@ -3,8 +3,9 @@
 //! A [`Device`] says what it can do by optional capabilities ([`PioDevice`], [`MmioDevice`],
 //! [`AlarmDevice`]) and always knows how to reset, save and restore itself. It reaches the rest
 //! of the machine only through what it is given while it is wired: [`IrqLine`], [`MsiSink`],
-//! [`Clock`], [`Alarm`], [`PowerSink`]. Each device wires itself ([`Wire`]) with a
-//! [`MachineBuilder`]; [`Wiring`] is the builder that a real machine uses.
+//! [`Clock`], [`Alarm`], [`PowerSink`], [`GuestRam`], [`Doorbells`]. Each device wires itself
+//! ([`Wire`]) with a [`MachineBuilder`]; [`Wiring`] is the builder that a real machine uses.
+//! [`pci`] has what PCI functions have in common.
 //!
 //! # Locks
 //! Each device has one lock, taken by the [`Bus`] or the alarm queue around each call. A device
@@ -14,19 +15,26 @@
 #![forbid(unsafe_code)]
 
 pub mod bus;
+mod doorbell;
 pub mod interrupt;
+mod memory;
+pub mod pci;
 pub mod power;
 pub mod state;
 pub mod testing;
 pub mod time;
+mod window;
 pub mod wiring;
 
 pub use bus::{Bus, MapError, Width};
+pub use doorbell::{DoorbellGuard, Doorbells, NoDoorbells, Notify};
 pub use interrupt::{Gsi, InterruptSink, IrqLine, Lines, MsiSink};
+pub use memory::{GuestMemory, GuestRam, NotMemory, WriteObserver};
 pub use power::{PowerEvent, PowerSink};
 pub use state::{RestoreError, SavedState};
 pub use time::{Alarm, AlarmQueue, Clock};
-pub use wiring::{MachineBuilder, Wire, Wiring};
+pub use window::{WeakDevice, Window, WindowMapping};
+pub use wiring::{Connections, MachineBuilder, Wire, Wiring};
 
 pub use arch::GuestPhysical;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -63,6 +71,12 @@ pub trait Device: Send {
     fn alarms(&mut self) -> Option<&mut dyn AlarmDevice> {
         None
     }
+    /// The machine stands still from now on: vCPUs and clock do already. A device with threads or
+    /// back ends of its own finishes what is under way; after this returns it touches neither
+    /// guest memory nor interrupts. [`Device::save`] comes only then.
+    fn pause(&mut self) {}
+    /// The machine goes on, or begins to run: called before its vCPUs do.
+    fn resume(&mut self) {}
     /// Brings the device to its state after power-up: outputs low, alarms cleared.
     fn reset(&mut self);
     /// The guest-visible state. A device without any returns [`SavedState::stateless`].

@@ -1,6 +1,8 @@
 //! Fakes for the tests of devices: time that moves when told, and sinks that remember.
-use crate::{AlarmQueue, Bus, MachineBuilder, SharedDevice};
-use crate::{Clock, Gsi, InterruptSink, MsiSink, PowerEvent, PowerSink, Wiring, lock};
+use crate::{
+    AlarmQueue, Bus, Clock, Connections, Doorbells, Gsi, GuestMemory, GuestRam, InterruptSink,
+    MachineBuilder, MsiSink, NoDoorbells, PowerEvent, PowerSink, SharedDevice, Wiring, lock,
+};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -97,28 +99,44 @@ pub struct TestMachine {
     pub power: Arc<RecordingPower>,
     /// The deadlines.
     pub alarms: Arc<AlarmQueue>,
+    /// Guest memory.
+    pub ram: GuestRam,
     wiring: Wiring,
 }
 
 impl Default for TestMachine {
+    /// A machine without guest memory.
     fn default() -> Self {
+        Self::with_memory(GuestMemory::new())
+    }
+}
+
+impl TestMachine {
+    /// A machine with guest memory.
+    pub fn with_memory(memory: GuestMemory) -> Self {
+        Self::with_doorbells(memory, Arc::new(NoDoorbells))
+    }
+
+    /// A machine with guest memory and doorbells.
+    pub fn with_doorbells(memory: GuestMemory, doorbells: Arc<dyn Doorbells>) -> Self {
         let clock = Arc::new(MockClock::default());
         let interrupts = Arc::new(RecordingInterrupts::default());
         let msi = Arc::new(RecordingMsi::default());
         let power = Arc::new(RecordingPower::default());
         let alarms = AlarmQueue::new(|| {});
-        let wiring = Wiring::new(
-            clock.clone(),
-            interrupts.clone(),
-            msi.clone(),
-            power.clone(),
-            Arc::clone(&alarms),
-        );
-        Self { clock, interrupts, msi, power, alarms, wiring }
+        let ram = GuestRam::new(Arc::new(memory), Arc::new(()));
+        let wiring = Wiring::new(Connections {
+            clock: clock.clone(),
+            alarms: alarms.clone(),
+            interrupts: interrupts.clone(),
+            msi: msi.clone(),
+            power: power.clone(),
+            ram: ram.clone(),
+            doorbells,
+        });
+        Self { clock, interrupts, msi, power, alarms, ram, wiring }
     }
-}
 
-impl TestMachine {
     /// The builder for [`crate::Wire::wire`].
     pub fn builder(&mut self) -> &mut dyn MachineBuilder {
         &mut self.wiring

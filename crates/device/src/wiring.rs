@@ -1,7 +1,8 @@
 //! How devices join a machine.
+use crate::pci::PciBus;
 use crate::{
-    Alarm, AlarmQueue, Bus, Clock, Gsi, InterruptSink, IrqLine, Lines, MapError, MsiSink,
-    PowerSink, SharedDevice, lock,
+    Alarm, AlarmQueue, Bus, Clock, Doorbells, Gsi, GuestRam, InterruptSink, IrqLine, Lines,
+    MapError, MsiSink, PowerSink, SharedDevice, Window, lock,
 };
 use arch::GuestPhysical;
 use std::ops::RangeInclusive;
@@ -15,6 +16,12 @@ pub trait MachineBuilder {
     fn msi(&self) -> Arc<dyn MsiSink>;
     /// The receiver of power requests.
     fn power(&self) -> Arc<dyn PowerSink>;
+    /// Guest memory.
+    fn ram(&self) -> GuestRam;
+    /// Where doorbells are registered.
+    fn doorbells(&self) -> Arc<dyn Doorbells>;
+    /// The PCI bus.
+    fn pci(&self) -> Arc<PciBus>;
     /// A new source on an interrupt line; sources on the same line are ORed.
     fn irq(&mut self, gsi: Gsi) -> IrqLine;
     /// A new alarm. It wakes a device once [`Alarm::bind`] says which.
@@ -43,6 +50,16 @@ pub trait MachineBuilder {
         length: u64,
         device: &SharedDevice,
     ) -> Result<(), MapError>;
+    /// Has devices come and go within `length` bytes of guest-physical addresses from `start` on.
+    ///
+    /// # Errors
+    /// An address belongs to another device.
+    fn map_window(
+        &mut self,
+        start: GuestPhysical,
+        length: u64,
+        window: &Arc<Window>,
+    ) -> Result<(), MapError>;
 }
 
 /// The description of a device that can put itself into a machine: its configuration with those
@@ -57,28 +74,38 @@ pub trait Wire {
     fn wire(self, machine: &mut dyn MachineBuilder) -> Result<Self::Handle, MapError>;
 }
 
+/// What the machine gives all devices to reach it.
+pub struct Connections {
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Deadlines.
+    pub alarms: Arc<AlarmQueue>,
+    /// The interrupt controllers.
+    pub interrupts: Arc<dyn InterruptSink>,
+    /// The receiver of message-signalled interrupts.
+    pub msi: Arc<dyn MsiSink>,
+    /// The receiver of power requests.
+    pub power: Arc<dyn PowerSink>,
+    /// Guest memory.
+    pub ram: GuestRam,
+    /// Where doorbells are registered.
+    pub doorbells: Arc<dyn Doorbells>,
+}
+
 /// The [`MachineBuilder`] of a real machine: collects the bus and the list of devices.
 pub struct Wiring {
-    clock: Arc<dyn Clock>,
-    msi: Arc<dyn MsiSink>,
-    power: Arc<dyn PowerSink>,
-    alarms: Arc<AlarmQueue>,
+    to: Connections,
     lines: Lines,
     bus: Bus,
+    pci: Arc<PciBus>,
     devices: Vec<SharedDevice>,
 }
 
 impl Wiring {
     /// A machine without devices.
-    pub fn new(
-        clock: Arc<dyn Clock>,
-        interrupts: Arc<dyn InterruptSink>,
-        msi: Arc<dyn MsiSink>,
-        power: Arc<dyn PowerSink>,
-        alarms: Arc<AlarmQueue>,
-    ) -> Self {
-        let lines = Lines::new(interrupts);
-        Self { clock, msi, power, alarms, lines, bus: Bus::default(), devices: Vec::new() }
+    pub fn new(to: Connections) -> Self {
+        let lines = Lines::new(to.interrupts.clone());
+        Self { to, lines, bus: Bus::default(), pci: Arc::default(), devices: Vec::new() }
     }
     /// The bus so far.
     pub fn bus(&self) -> &Bus {
@@ -96,19 +123,28 @@ impl Wiring {
 
 impl MachineBuilder for Wiring {
     fn clock(&self) -> Arc<dyn Clock> {
-        Arc::clone(&self.clock)
+        self.to.clock.clone()
     }
     fn msi(&self) -> Arc<dyn MsiSink> {
-        Arc::clone(&self.msi)
+        self.to.msi.clone()
     }
     fn power(&self) -> Arc<dyn PowerSink> {
-        Arc::clone(&self.power)
+        self.to.power.clone()
+    }
+    fn ram(&self) -> GuestRam {
+        self.to.ram.clone()
+    }
+    fn doorbells(&self) -> Arc<dyn Doorbells> {
+        self.to.doorbells.clone()
+    }
+    fn pci(&self) -> Arc<PciBus> {
+        self.pci.clone()
     }
     fn irq(&mut self, gsi: Gsi) -> IrqLine {
         self.lines.source(gsi)
     }
     fn alarm(&mut self) -> Alarm {
-        self.alarms.register()
+        self.to.alarms.register()
     }
     fn add_device(&mut self, device: SharedDevice) -> Result<(), MapError> {
         let name = lock(&device).name().to_owned();
@@ -132,5 +168,13 @@ impl MachineBuilder for Wiring {
         device: &SharedDevice,
     ) -> Result<(), MapError> {
         self.bus.map_mmio(start, length, device)
+    }
+    fn map_window(
+        &mut self,
+        start: GuestPhysical,
+        length: u64,
+        window: &Arc<Window>,
+    ) -> Result<(), MapError> {
+        self.bus.map_window(start, length, window)
     }
 }

@@ -4,11 +4,41 @@
 //! a file, and an overlay over another `Disk`. Its calls block; they can be made from any number
 //! of threads at once. Image files are hostile input: no length, offset or count in them steers
 //! an allocation or a loop before it was checked against the file's size and the format's limits.
+//!
+//! Start reading at [`Disk`], then [`mod@file`], on which every format stands. [`mod@format`] opens an
+//! image of any format, [`overlay`] puts a qcow2 image over one, [`mod@convert`] copies between
+//! formats, [`manage`] checks and resizes, [`requests`] is what a block device uses. [`vdi`] is the simplest of the formats that
+//! divide a disk into blocks; what they share is in `blocks` and `table`. [`nbd`] is a disk
+//! somewhere else.
 #![forbid(unsafe_code)]
 
+mod blocks;
+mod bytes;
+pub mod convert;
+mod create;
 mod error;
+pub mod file;
+pub mod format;
+mod lock;
+pub mod manage;
+pub mod memory;
+pub mod nbd;
+pub mod overlay;
+pub mod qcow2;
+pub mod raw;
+pub mod requests;
+mod store;
+mod table;
+pub mod vdi;
+pub mod vhd;
+pub mod vhdx;
+pub mod vmdk;
 
-pub use error::DiskError;
+pub use error::{DiskError, check_range};
+pub use file::{Access, FileOptions, ImageFile};
+pub use format::Format;
+pub use lock::Lock;
+pub use store::Store;
 
 /// Bytes of a sector, the unit of offsets and lengths that a guest uses.
 pub const SECTOR: u64 = 512;
@@ -55,6 +85,12 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// As [`Disk::write_at`].
     fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), DiskError>;
+
+    /// Bytes of the unit in which the format allocates: an aligned piece of this size can be
+    /// discarded, or made zero, so that it takes up no space. A power of two.
+    fn unit(&self) -> u64 {
+        4096
+    }
 
     /// What the disk holds from `offset` on: the kind of the first bytes there and for how many
     /// (at least one, at most `length`) it stays the same. What cannot be known counts as data.

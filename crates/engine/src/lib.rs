@@ -94,6 +94,12 @@ pub trait Vm: Send + Sync {
         notify: Arc<dyn Notify>,
     ) -> Result<DoorbellHandle, EngineError>;
 
+    /// Says that something other than a vCPU wrote to guest memory, or emptied it: `length` bytes
+    /// from `start` on. Devices' writes are coherent with what CPUs run (Intel SDM 3A 8.1.3 asks
+    /// only CPUs to serialize), so an engine that holds translations drops those of these bytes.
+    /// To be called after the write and before the guest is told of it, from any thread.
+    fn memory_written(&self, start: GuestPhysical, length: usize);
+
     /// Makes an interrupt line of a device, without a message at first.
     ///
     /// # Errors

@@ -305,6 +305,9 @@ impl Vm for KvmVm {
         doorbell::register(&self.shared, doorbell, notify)
     }
 
+    /// The CPU sees all writes, and a companion starts afresh with each instruction.
+    fn memory_written(&self, _start: arch::GuestPhysical, _length: usize) {}
+
     fn msi_line(&self) -> Result<Arc<dyn MsiLine>, EngineError> {
         Ok(Arc::new(Line::new(self.shared.clone())))
     }

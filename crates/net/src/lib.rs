@@ -3,7 +3,25 @@
 //! A guest's network card (a [`Nic`]) is plugged into a [`Network`], and both hand each other
 //! [`Packet`]s: Ethernet frames that may be larger than the wire would carry, with what remains to
 //! be done on them ([`Offload`]). Guests are hostile: whatever a frame says is checked here.
-#![forbid(unsafe_code)]
+//!
+//! [`nat`] is the ordinary network of a machine, [`switch`] one among the machines of a user, and
+//! [`tap`] leads to whatever the host has connected a tap device to. [`NetworkChoice`] and
+//! [`HostForward`] are what a user writes.
+
+mod choice;
+mod delivery;
+mod forward;
+pub mod nat;
+mod offload;
+mod poller;
+pub mod switch;
+mod table;
+pub mod tap;
+mod waker;
+mod wire;
+
+pub use choice::{ChoiceError, NetworkChoice, SwitchName, TapName};
+pub use forward::{ForwardError, HostForward, Protocol};
 
 use std::sync::Arc;
 
@@ -71,23 +89,25 @@ pub struct Accepts {
 /// What a card is plugged into.
 pub trait Network: Send + Sync {
     /// Plugs a card in, in place of one that was there; packets for it may arrive from now on, from
-    /// any thread. `None` pulls it out: after this returns, no packet comes.
+    /// any thread. `None` pulls it out: after this returns, no packet comes. It waits for packets
+    /// on their way to the card, so the caller holds no lock that [`Nic::receive`] takes.
     fn plug(&self, nic: Option<Arc<dyn Nic>>);
 
     /// A packet from the guest. It may be of any length and content. The call does not wait for
-    /// the network; what cannot be sent on is dropped, as a wire would.
+    /// the network and does not call the card; what cannot be sent on is dropped, as a wire would.
     fn transmit(&self, packet: Packet<'_>);
 
-    /// The card has room for packets again, after it had refused one.
+    /// The card has room for packets again, after it had refused one. The call does not call the
+    /// card.
     fn room(&self);
 }
 
 /// A guest's network card, as its network sees it.
 pub trait Nic: Send + Sync {
-    /// What it can take at present.
+    /// What it can take at present; asked anew when packets are made.
     fn accepts(&self) -> Accepts;
 
-    /// A packet for the guest. `false` says that there is no room now: it was not taken, and
+    /// A packet for the guest, on a thread of the network. `false` says that there is no room now: it was not taken, and
     /// [`Network::room`] will be called when there is.
     fn receive(&self, packet: Packet<'_>) -> bool;
 }

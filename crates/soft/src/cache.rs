@@ -1,21 +1,23 @@
 //! Translated blocks of one vCPU: finding them, linking them to each other, and throwing them
 //! away when the guest changes the code they were made from.
 mod links;
+mod records;
 
 use crate::codemem::CodeMemory;
 use crate::cpu::CELLS;
 use crate::emit::{EdgeKind, Emitted, Position};
-use crate::helpers::Helped;
 use crate::mode::Mode;
-use crate::rewritten::{Check, Rewritten};
+use crate::rewritten::Rewritten;
 use crate::translate::Desk;
 use crate::translate::flags::Flags;
 use engine::EngineError;
+use hashbrown::HashTable;
+use records::{Edge, PackedPosition, PackedSource};
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasherDefault, Hasher};
-use std::ops::Range;
+use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
 
 pub use links::FarLink;
+pub use records::{Block, Rare};
 
 /// Index of a block in [`CodeCache::blocks`].
 pub type BlockId = u32;
@@ -40,59 +42,8 @@ pub struct Source {
     pub len: u16,
 }
 
-/// A translated block.
-pub struct Block {
-    /// Its key.
-    pub key: Key,
-    /// Guest-physical page that follows, if the block's only instruction crosses into it.
-    pub second_page: Option<u64>,
-    /// Entry for callers with guest flags in host flags.
-    pub entry: u64,
-    /// Entry for callers with guest flags in `Cpu::raw_flags`.
-    pub saved_entry: u64,
-    /// Flags that must be in their place on entry.
-    live_in: Flags,
-    /// Bytes of host code from `entry` on.
-    code_len: u32,
-    /// Where its positions and sources are in the cache's lists.
-    positions: Range<u32>,
-    sources: Range<u32>,
-    /// Instructions that helpers execute; translated code holds pointers to them.
-    _instructions: Box<[Helped]>,
-    /// Digest of the guest bytes in `sources`.
-    digest: u64,
-    /// What the block compares itself, if it is a version of rewritten code.
-    checks: Option<Box<[Check]>>,
-    /// First of the edges linked to it, [`NONE`] if there is none.
-    incoming: u32,
-    /// How often a group of accesses could not be served.
-    splits: u32,
-    alive: bool,
-}
-
-impl Block {
-    /// What the block compares on entry, if it was made from rewritten code.
-    pub fn checks(&self) -> Option<&[Check]> {
-        self.checks.as_deref()
-    }
-}
-
 /// A block whose groups fail so often is translated anew without them.
-const TOO_MANY_SPLITS: u32 = 4096;
-
-/// A direct exit.
-#[derive(Clone, Copy)]
-struct Edge {
-    block: BlockId,
-    target: u64,
-    kind: EdgeKind,
-    stub: u64,
-    live: Flags,
-    /// The block it is linked to, and its neighbours in that block's list; [`NONE`] for none.
-    to: BlockId,
-    next: u32,
-    previous: u32,
-}
+const TOO_MANY_SPLITS: u16 = 4096;
 
 /// No block, or no edge.
 const NONE: u32 = u32::MAX;
@@ -131,18 +82,14 @@ const BYTES_A_BLOCK: u64 = 128;
 pub struct NewBlock<'a> {
     /// Key.
     pub key: Key,
-    /// See [`Block::second_page`].
-    pub second_page: Option<u64>,
-    /// Code.
+    /// Code, less than 64 KiB of it.
     pub emitted: &'a Emitted,
-    /// Instructions that helpers execute.
-    pub instructions: Box<[Helped]>,
     /// Where the code came from.
     pub sources: &'a [Source],
     /// Digest of those bytes.
     pub digest: u64,
-    /// What the block compares itself; empty for others.
-    pub checks: Vec<Check>,
+    /// What most blocks do not have.
+    pub rare: Rare,
 }
 
 /// The code cache of one vCPU.
@@ -150,10 +97,11 @@ pub struct CodeCache {
     memory: CodeMemory,
     blocks: Vec<Block>,
     edges: Vec<Edge>,
-    positions: Vec<Position>,
-    sources: Vec<Source>,
+    positions: Vec<PackedPosition>,
+    sources: Vec<PackedSource>,
     cells: u32,
-    map: HashMap<Key, BlockId, BuildHasherDefault<Mix>>,
+    /// The blocks under which keys lead to one, by the hash of the key.
+    map: HashTable<BlockId>,
     pages: HashMap<u64, PageCode, BuildHasherDefault<Mix>>,
     misses: HashMap<u64, Misses, BuildHasherDefault<Mix>>,
     /// Pages that are no longer watched.
@@ -189,7 +137,7 @@ impl CodeCache {
             positions: Vec::new(),
             sources: Vec::new(),
             cells: 0,
-            map: HashMap::default(),
+            map: HashTable::new(),
             pages: HashMap::default(),
             misses: HashMap::default(),
             rewritten: Rewritten::default(),
@@ -211,12 +159,32 @@ impl CodeCache {
 
     /// Looks a block up.
     pub fn find(&self, key: &Key) -> Option<BlockId> {
-        self.map.get(key).copied()
+        let is_it = |id: &BlockId| self.block(*id).is_some_and(|b| b.key() == *key);
+        self.map.find(hash(key), is_it).copied()
+    }
+
+    /// Has a key lead to a block, in place of another one.
+    fn lead_to(&mut self, key: &Key, id: BlockId) {
+        let blocks = &self.blocks;
+        let key_of = |id: &BlockId| blocks.get(*id as usize).map(Block::key);
+        let entry = self.map.entry(
+            hash(key),
+            |id| key_of(id).as_ref() == Some(key),
+            |id| key_of(id).as_ref().map_or(0, hash),
+        );
+        entry.insert(id);
+    }
+
+    /// Has a key lead nowhere, if it leads to this block.
+    fn lead_nowhere(&mut self, key: &Key, id: BlockId) {
+        if let Ok(entry) = self.map.find_entry(hash(key), |other| *other == id) {
+            entry.remove();
+        }
     }
 
     /// The flags that the block under `key` wants in their place; none if there is no block.
     pub fn live_in(&self, key: &Key) -> Flags {
-        self.find(key).and_then(|id| self.block(id)).map_or(0, |b| b.live_in)
+        self.find(key).and_then(|id| self.block(id)).map_or(0, Block::live_in)
     }
 
     /// A block.
@@ -232,32 +200,23 @@ impl CodeCache {
     /// Takes a block over, or returns `None` when the cache is full and must be cleared first.
     /// `cells` is the vCPU's array of link cells.
     pub fn add(&mut self, new: NewBlock<'_>, cells: &mut [u64; CELLS]) -> Option<BlockId> {
-        let NewBlock { key, second_page, emitted, instructions, sources, digest, checks } = new;
+        let NewBlock { key, emitted, sources, digest, rare } = new;
         let (start, end) = self.memory.range();
         let most = (end - start) / BYTES_A_BLOCK;
         if self.cells as usize + emitted.cells as usize >= CELLS || self.blocks.len() as u64 >= most
         {
             return None;
         }
+        let code_len = u16::try_from(emitted.code().len()).ok()?;
         let entry = self.memory.install(emitted.code())?;
         let id = self.blocks.len() as BlockId;
         for spec in emitted.edges() {
-            let stub = entry + u64::from(spec.stub);
             if let EdgeKind::Far(cell) = spec.kind
                 && let Some(slot) = cells.get_mut(cell as usize)
             {
-                *slot = stub;
+                *slot = entry + u64::from(spec.stub);
             }
-            self.edges.push(Edge {
-                block: id,
-                target: spec.target,
-                kind: spec.kind,
-                stub,
-                live: spec.live,
-                to: NONE,
-                next: NONE,
-                previous: NONE,
-            });
+            self.edges.push(Edge::new(id, spec.target, spec.kind, spec.stub as u16, spec.live));
         }
         self.cells += emitted.cells;
         for source in sources {
@@ -268,29 +227,39 @@ impl CodeCache {
                 page.blocks.push(id);
             }
         }
-        let checks = (!checks.is_empty()).then(|| checks.into_boxed_slice());
-        match &checks {
-            Some(checks) => self.rewritten.add(key, id, checks),
-            None => self.rewritten.note_translation(key.physical & !0xfff),
+        match &*rare.checks {
+            [] => self.rewritten.note_translation(key.physical & !0xfff),
+            checks => self.rewritten.add(key, id, checks),
         }
-        self.blocks.push(Block {
-            key,
-            second_page,
-            entry,
-            saved_entry: entry + u64::from(emitted.saved_entry),
-            live_in: emitted.live_in,
-            code_len: emitted.code().len() as u32,
-            positions: append(&mut self.positions, emitted.positions()),
-            _instructions: instructions,
-            sources: append(&mut self.sources, sources),
-            digest,
-            checks,
-            incoming: NONE,
-            splits: 0,
-            alive: true,
-        });
-        self.map.insert(key, id);
+        let mut block = Block::new(key, emitted.live_in, digest, rare);
+        block.entry = (entry - start) as u32;
+        block.saved_entry = emitted.saved_entry as u16;
+        block.code_len = code_len;
+        block.positions = self.positions.len() as u32;
+        block.sources = self.sources.len() as u32;
+        self.blocks.push(block);
+        self.positions.extend(emitted.positions().iter().copied().map(PackedPosition::from));
+        self.sources.extend(sources.iter().copied().map(PackedSource::from));
+        self.lead_to(&key, id);
         Some(id)
+    }
+
+    /// Host address at which callers with guest flags in host flags enter a block.
+    fn entry(&self, id: BlockId) -> Option<u64> {
+        self.block(id).map(|b| self.memory.range().0 + u64::from(b.entry))
+    }
+
+    /// Host address at which callers with guest flags in `Cpu::raw_flags` enter a block.
+    pub fn saved_entry(&self, id: BlockId) -> Option<u64> {
+        Some(self.entry(id)? + u64::from(self.block(id)?.saved_entry))
+    }
+
+    fn positions(&self, id: usize) -> &[PackedPosition] {
+        list_of(&self.blocks, &self.positions, id, |b| b.positions)
+    }
+
+    fn sources(&self, id: usize) -> impl Iterator<Item = Source> {
+        sources_of(&self.blocks, &self.sources, id)
     }
 
     /// The guest address to which an edge leads.
@@ -300,7 +269,8 @@ impl CodeCache {
 
     /// The host address at which an edge leaves.
     pub fn edge_host(&self, edge: u32) -> u64 {
-        self.edges.get(edge as usize).map_or(0, |e| e.stub)
+        let edge = self.edges.get(edge as usize);
+        edge.and_then(|e| Some(self.entry(e.block)? + u64::from(e.stub))).unwrap_or(0)
     }
 
     /// A block that was not thrown away.
@@ -312,10 +282,8 @@ impl CodeCache {
     pub fn kill(&mut self, id: BlockId, cells: &mut [u64; CELLS]) -> Option<u64> {
         let block = self.blocks.get_mut(id as usize).filter(|b| b.alive)?;
         block.alive = false;
-        let (key, checked) = (block.key, block.checks.is_some());
-        if self.map.get(&key) == Some(&id) {
-            self.map.remove(&key);
-        }
+        let (key, checked) = (block.key(), block.checks().is_some());
+        self.lead_nowhere(&key, id);
         if checked {
             self.forget_version(&key, id);
         }
@@ -332,7 +300,7 @@ impl CodeCache {
     fn forget_version(&mut self, key: &Key, id: BlockId) {
         self.rewritten.remove(key, id);
         if let Some(&other) = self.rewritten.versions(key).last() {
-            self.map.insert(*key, other);
+            self.lead_to(key, other);
         }
     }
 
@@ -343,12 +311,10 @@ impl CodeCache {
         let number = start & !0xfff;
         let page = self.pages.get_mut(&number)?;
         let end = start + len as u64;
-        let hit = |s: &Source| s.start < end && start < s.start + u64::from(s.len);
+        let hit = |s: Source| s.start < end && start < s.start + u64::from(s.len);
         let alive = |id: &&BlockId| self.blocks.get(**id as usize).is_some_and(|b| b.alive);
-        let touches = |id: &&BlockId| {
-            let block = self.blocks.get(**id as usize);
-            block.is_some_and(|b| slice(&self.sources, &b.sources).iter().any(hit))
-        };
+        let touches =
+            |id: &&BlockId| sources_of(&self.blocks, &self.sources, **id as usize).any(hit);
         let mut affected = Vec::new();
         if page.lines & line_mask(start, len) != 0 {
             affected.extend(page.blocks.iter().filter(alive).filter(touches));
@@ -373,11 +339,15 @@ impl CodeCache {
     }
 
     /// Blocks on a page whose guest bytes are no longer what they were.
-    pub fn changed(&self, page: u64, digest: impl Fn(&[Source]) -> u64) -> Vec<BlockId> {
+    pub fn changed(
+        &self,
+        page: u64,
+        digest: impl Fn(&mut dyn Iterator<Item = Source>) -> u64,
+    ) -> Vec<BlockId> {
         let Some(code) = self.pages.get(&page) else { return Vec::new() };
         let stale = |id: &&BlockId| {
-            let block = self.blocks.get(**id as usize);
-            block.is_some_and(|b| b.alive && digest(slice(&self.sources, &b.sources)) != b.digest)
+            let block = self.alive(**id);
+            block.is_some_and(|b| digest(&mut self.sources(**id as usize)) != b.digest)
         };
         code.blocks.iter().filter(stale).copied().collect()
     }
@@ -389,8 +359,7 @@ impl CodeCache {
         code.blocks.retain(|id| blocks.get(*id as usize).is_some_and(|b| b.alive));
         code.lines = 0;
         for id in &code.blocks {
-            let Some(block) = blocks.get(*id as usize) else { continue };
-            let own = slice(&self.sources, &block.sources).iter();
+            let own = sources_of(blocks, &self.sources, *id as usize);
             for s in own.filter(|s| s.start & !0xfff == page) {
                 code.lines |= line_mask(s.start, usize::from(s.len));
             }
@@ -402,29 +371,34 @@ impl CodeCache {
         empty
     }
 
-    /// The block that holds host address `host`, and the offset in it.
-    pub fn containing(&self, host: u64) -> Option<(&Block, u32)> {
-        let after = self.blocks.partition_point(|b| b.entry <= host);
-        let block = self.blocks.get(after.checked_sub(1)?)?;
-        let offset = host - block.entry;
-        (offset <= u64::from(block.code_len)).then_some((block, offset as u32))
+    /// The block whose code begins last below host address `host`, and the offset from there.
+    fn last_below(&self, host: u64) -> Option<(usize, u64)> {
+        let offset = host.checked_sub(self.memory.range().0)?;
+        let after = self.blocks.partition_point(|b| u64::from(b.entry) <= offset);
+        let id = after.checked_sub(1)?;
+        Some((id, offset - u64::from(self.blocks.get(id)?.entry)))
     }
 
-    /// What is known of the code from host offset `offset` of a block on.
-    pub fn position(&self, block: &Block, offset: u32) -> Option<Position> {
-        let positions = slice(&self.positions, &block.positions);
-        let end = positions.partition_point(|p| p.host <= offset);
-        positions.get(end.checked_sub(1)?).copied()
+    /// The guest instruction pointer of the block that holds host address `host`, and what is known
+    /// of the code there.
+    pub fn position(&self, host: u64) -> Option<(u64, Position)> {
+        let (id, offset) = self.last_below(host)?;
+        let block = self.blocks.get(id).filter(|b| offset <= u64::from(b.code_len))?;
+        let positions = self.positions(id);
+        let end = positions.partition_point(|p| u64::from(p.host()) <= offset);
+        let position = positions.get(end.checked_sub(1)?).copied()?;
+        Some((block.key().pc, position.into()))
     }
 
-    /// Counts a group that could not be served, in the block that holds host address `host`.
+    /// Counts a group that could not be served, in the block that holds host address `host` less
+    /// one.
     pub fn note_split(&mut self, host: u64) {
-        let after = self.blocks.partition_point(|b| b.entry < host);
-        let Some(block) = after.checked_sub(1).and_then(|n| self.blocks.get_mut(n)) else { return };
-        block.splits += 1;
+        let Some((id, _)) = self.last_below(host.wrapping_sub(1)) else { return };
+        let Some(block) = self.blocks.get_mut(id) else { return };
+        block.splits = block.splits.saturating_add(1);
         if block.splits == TOO_MANY_SPLITS {
-            self.ungrouped.insert(block.key);
-            self.worn_out = Some(after as BlockId - 1);
+            self.ungrouped.insert(block.key());
+            self.worn_out = Some(id as BlockId);
         }
     }
 
@@ -460,14 +434,29 @@ impl CodeCache {
     }
 }
 
-fn append<T: Copy>(list: &mut Vec<T>, new: &[T]) -> Range<u32> {
-    let start = list.len() as u32;
-    list.extend_from_slice(new);
-    start..list.len() as u32
+/// The part of a list that belongs to block `id`: from where its own begins to where that of the
+/// next one does.
+fn list_of<'a, T>(
+    blocks: &[Block],
+    list: &'a [T],
+    id: usize,
+    start: impl Fn(&Block) -> u32,
+) -> &'a [T] {
+    let begin = blocks.get(id).map_or(list.len(), |b| start(b) as usize);
+    let end = blocks.get(id + 1).map_or(list.len(), |b| start(b) as usize);
+    list.get(begin..end).unwrap_or(&[])
 }
 
-fn slice<'a, T>(list: &'a [T], range: &Range<u32>) -> &'a [T] {
-    list.get(range.start as usize..range.end as usize).unwrap_or(&[])
+fn sources_of<'a>(
+    blocks: &[Block],
+    list: &'a [PackedSource],
+    id: usize,
+) -> impl Iterator<Item = Source> + use<'a> {
+    list_of(blocks, list, id, |b| b.sources).iter().copied().map(Source::from)
+}
+
+fn hash(key: &Key) -> u64 {
+    BuildHasherDefault::<Mix>::default().hash_one(key)
 }
 
 /// A bit for each 64-byte line of the page that the range touches.

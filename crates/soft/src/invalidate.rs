@@ -11,9 +11,7 @@ impl Cpu {
     /// and `next_rip`, and says where its flags are. `host` is a return address or that of a
     /// faulting instruction plus one.
     pub fn locate(&mut self, host: u64) -> Option<Position> {
-        let (block, offset) = self.cache.containing(host.wrapping_sub(1))?;
-        let position = self.cache.position(block, offset)?;
-        let pc = block.key.pc;
+        let (pc, position) = self.cache.position(host.wrapping_sub(1))?;
         let mask = self.ip_mask();
         self.rip = pc.wrapping_add(u64::from(position.guest)) & mask;
         self.next_rip = self.rip.wrapping_add(u64::from(position.length)) & mask;
@@ -71,7 +69,7 @@ impl Cpu {
     /// Throws a block away that is to be translated differently.
     pub fn drop_worn_out(&mut self) {
         if let Some(id) = self.cache.worn_out.take() {
-            let page = self.cache.block(id).map_or(0, |b| b.key.physical & !0xfff);
+            let page = self.cache.block(id).map_or(0, |b| b.key().physical & !0xfff);
             self.kill_all(page, &[id]);
         }
     }

@@ -206,6 +206,10 @@ impl Vm for SoftVm {
         Ok(DoorbellHandle::new(entry))
     }
 
+    fn memory_written(&self, start: arch::GuestPhysical, length: usize) {
+        self.shared.memory_written(start.0, length);
+    }
+
     fn msi_line(&self) -> Result<Arc<dyn MsiLine>, EngineError> {
         Ok(Arc::new(line::Line::new(self.shared.clone())))
     }

@@ -204,8 +204,8 @@ fn stretch(cpu: &mut Cpu) -> Result<(), EngineError> {
                     let global = cpu.lasting(next);
                     cpu.cache.link(edge, next, global, &mut cpu.cells);
                 }
-                let Some(block) = cpu.cache.block(next) else { return Ok(()) };
-                entry = block.saved_entry;
+                let Some(next) = cpu.cache.saved_entry(next) else { return Ok(()) };
+                entry = next;
             }
             exit::INDIRECT => {
                 cpu.rip = cpu.exit_detail & cpu.ip_mask();
@@ -237,7 +237,7 @@ fn entry(cpu: &mut Cpu) -> Option<u64> {
         return Some(cpu.jumps[mmu].hosts[slot]);
     }
     let block = find(cpu)?;
-    let host = cpu.cache.block(block)?.saved_entry;
+    let host = cpu.cache.saved_entry(block)?;
     cpu.jump_misses = cpu.jump_misses.wrapping_add(1);
     let slot = cpu.jumps[mmu].place(cpu.rip, cpu.jump_misses);
     if !cpu.lasting(block) {
@@ -275,7 +275,7 @@ fn plain_entry(cpu: &mut Cpu) -> Option<u64> {
     let block = cpu.block_at(cpu.rip);
     cpu.mode = mode;
     match block {
-        Ok(block) => cpu.cache.block(block).map(|b| b.saved_entry),
+        Ok(block) => cpu.cache.saved_entry(block),
         Err(exception) => {
             crate::interrupt::deliver_exception(cpu, exception);
             None
@@ -309,7 +309,7 @@ fn instruction(cpu: &mut Cpu) -> Result<(), EngineError> {
     cpu.update_mode();
     cpu.faulted = false;
     cpu.sys.debug_hits = 0;
-    let Some(entry) = cpu.cache.block(block).map(|b| b.saved_entry) else { return Ok(()) };
+    let Some(entry) = cpu.cache.saved_entry(block) else { return Ok(()) };
     cpu.pack_flags();
     // SAFETY: as in `stretch`; the block was made for the mode of a moment ago, which differs from
     // the present one only in the interrupt shadow.
@@ -430,7 +430,7 @@ impl Cpu {
 
     /// Whether a block that was just found at `rip` lies in global pages only.
     fn lasting(&self, block: BlockId) -> bool {
-        let crosses = self.cache.block(block).is_none_or(|b| b.second_page.is_some());
+        let crosses = self.cache.block(block).is_none_or(|b| b.second_page().is_some());
         let linear = match self.mode.is_64() {
             true => self.rip,
             false => self.segment(SegmentName::Cs).base.wrapping_add(self.rip) & 0xffff_ffff,

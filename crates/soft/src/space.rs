@@ -196,10 +196,10 @@ impl Cpu {
         let cache = &self.cache;
         let jumps = &mut self.jumps[user];
         present.jumps.retain(|&(slot, block)| {
-            let alive = cache.alive(block);
-            if let Some(block) = alive {
-                jumps.pcs[usize::from(slot)] = block.key.pc;
-                jumps.hosts[usize::from(slot)] = block.saved_entry;
+            let alive = cache.alive(block).zip(cache.saved_entry(block));
+            if let Some((block, host)) = alive {
+                jumps.pcs[usize::from(slot)] = block.key().pc;
+                jumps.hosts[usize::from(slot)] = host;
             }
             alive.is_some()
         });
@@ -214,7 +214,7 @@ impl Cpu {
         self.spaces.present.jumps.retain(|&(slot, block)| {
             let slot = usize::from(slot);
             let (word, bit) = (slot / 64, 1 << (slot % 64));
-            let holds = cache.alive(block).is_some_and(|b| jumps.pcs[slot] == b.key.pc);
+            let holds = cache.alive(block).is_some_and(|b| jumps.pcs[slot] == b.key().pc);
             let first = seen[word] & bit == 0;
             seen[word] |= bit;
             holds && first

@@ -4,7 +4,7 @@ use crate::instruction_set::InstructionSet;
 use crate::ram::Ram;
 use arch::{CpuModel, FeatureSet};
 use engine::{Doorbells, GuestMemory, Msi};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -176,6 +176,24 @@ impl VmShared {
         match *agreed {
             Some(offset) if (wanted.wrapping_sub(offset) as i64).unsigned_abs() < second => offset,
             _ => *agreed.insert(wanted),
+        }
+    }
+
+    /// Somebody else wrote these bytes: each vCPU with translations of them is told to drop them.
+    pub fn memory_written(&self, start: u64, length: usize) {
+        // A vCPU that claims a page after this finds the new bytes when it translates them.
+        fence(Ordering::SeqCst);
+        let (mut at, mut left) = (start, length);
+        while left > 0 {
+            let here = left.min(4096 - (at & 0xfff) as usize);
+            let holders = self.ram.page(at).map_or(0, |page| page.code.load(Ordering::SeqCst));
+            for (n, mailbox) in self.mailboxes.iter().enumerate() {
+                if holders >> n & 1 != 0 {
+                    mailbox.lock_written().push(Written::Range(at, here));
+                    mailbox.post(pending::CODE);
+                }
+            }
+            (at, left) = (at.wrapping_add(here as u64), left - here);
         }
     }
 

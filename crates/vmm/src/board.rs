@@ -8,6 +8,7 @@ use crate::events::{Events, Stop, Wake};
 use crate::memory;
 use crate::platform::platform;
 use crate::vcpu::{VcpuContext, VcpuThread};
+use crate::{disks, nics};
 use arch::{CpuModel, GuestPhysical, VcpuState};
 use boot::BootRequest;
 use chipset::InterruptRouter;
@@ -20,11 +21,16 @@ use chipset::pit::PitConfig;
 use chipset::rtc::RtcConfig;
 use chipset::uart::{SerialOutput, Uart, UartConfig};
 use device::{
-    AlarmQueue, Bus, Clock, MapError, MsiSink, PowerEvent, PowerSink, Shared, Wire, Wiring, lock,
+    AlarmQueue, Bus, Clock, Connections, DoorbellGuard, Doorbells, GuestRam, MapError, MsiSink,
+    Notify, PowerEvent, PowerSink, Shared, SharedDevice, Wire, Wiring, WriteObserver, lock,
 };
-use engine::{Engine, GuestMemory, Msi, Vcpu, VcpuIo, Vm, VmConfig};
+use engine::{
+    Doorbell, DoorbellPlace, Engine, GuestMemory, Msi, Rings, Vcpu, VcpuIo, Vm, VmConfig,
+};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use virtio::rng::RngConfig;
 
 /// Checks the parts of a configuration that need no files; answers the guest's CPU.
 ///
@@ -123,18 +129,22 @@ impl Board {
             let wake = wake.clone();
             move || wake.wake()
         });
-        let msi: Arc<dyn MsiSink> = Arc::new(EngineMsi(vm.clone()));
-        let router =
-            InterruptRouter::new(Arc::new(move |high| vm.set_pic_output(high)), msi.clone());
-        let mut wiring = Wiring::new(
-            clock.clone(),
-            router.clone(),
-            msi,
-            Arc::new(PowerRequests(events.clone())),
-            alarms.clone(),
-        );
-        let devices = wire_devices(&mut wiring, &router, config, output, wake)?;
-        let (bus, _) = wiring.finish();
+        let to_engine = Arc::new(ToEngine(vm.clone()));
+        let pic_output = Arc::new(move |high| vm.set_pic_output(high));
+        let router = InterruptRouter::new(pic_output, to_engine.clone());
+        let mut wiring = Wiring::new(Connections {
+            clock: clock.clone(),
+            alarms: alarms.clone(),
+            interrupts: router.clone(),
+            msi: to_engine.clone(),
+            power: Arc::new(PowerRequests(events.clone())),
+            ram: GuestRam::new(memory.clone(), to_engine.clone()),
+            doorbells: to_engine,
+        });
+        let (com1, acpi) = wire_devices(&mut wiring, &router, config, output, wake)?;
+        wire_pci_devices(&mut wiring, config, &events)?;
+        let (bus, all) = wiring.finish();
+        let devices = Devices { all, com1, acpi };
         let io = Arc::new(MachineIo { bus, router, output: output.clone() });
         let vcpus = (0..)
             .zip(vcpus)
@@ -156,6 +166,7 @@ impl Board {
     /// Lets time pass and the guest run.
     pub fn resume(&self) {
         self.clock.start();
+        self.devices.iter().for_each(Devices::resume);
         self.vcpus.iter().for_each(|vcpu| vcpu.control().resume());
     }
 
@@ -164,7 +175,7 @@ impl Board {
         self.vcpus.iter().for_each(|vcpu| vcpu.control().pause());
         self.vcpus.iter().for_each(|vcpu| vcpu.control().wait_stopped());
         self.clock.stop();
-        self.devices.iter().for_each(Devices::flush);
+        self.devices.iter().for_each(Devices::pause);
     }
 
     /// Ends all vCPU threads and frees the guest's memory.
@@ -172,7 +183,7 @@ impl Board {
         self.vcpus.iter().for_each(|vcpu| vcpu.control().finish());
         self.vcpus.clear();
         self.clock.stop();
-        self.devices.take().iter().for_each(Devices::flush);
+        self.devices.take().iter().for_each(Devices::pause);
     }
 
     /// Offers input to the serial port; answers how many bytes it took.
@@ -198,27 +209,34 @@ impl Board {
     }
 }
 
-/// The devices that the machine itself talks to.
+/// All devices, and those that the machine itself talks to.
 struct Devices {
+    all: Vec<SharedDevice>,
     com1: Shared<Uart>,
     acpi: Shared<AcpiPm>,
 }
 
 impl Devices {
-    /// Hands on what the guest has sent so far.
-    fn flush(&self) {
+    /// Lets devices with threads of their own work.
+    fn resume(&self) {
+        self.all.iter().for_each(|device| lock(device).resume());
+    }
+
+    /// Has devices finish what is under way, and hands on what the guest has sent so far.
+    fn pause(&self) {
+        self.all.iter().for_each(|device| lock(device).pause());
         lock(&self.com1).flush();
     }
 }
 
-/// The list of a machine's devices; each wires itself.
+/// The list of a machine's devices; each wires itself. Answers those that the machine talks to.
 fn wire_devices(
     wiring: &mut Wiring,
     router: &Arc<InterruptRouter>,
     config: &MachineConfig,
     output: &Arc<Output>,
     wake: &Arc<Wake>,
-) -> Result<Devices, MapError> {
+) -> Result<(Shared<Uart>, Shared<AcpiPm>), MapError> {
     let peer = Box::new(ConsolePeer { output: output.clone(), wake: wake.clone() });
     router.wire(wiring)?;
     let (_, pit) = PitConfig.wire(wiring)?;
@@ -231,7 +249,31 @@ fn wire_devices(
     if config.debug_exit {
         DebugExitConfig.wire(wiring)?;
     }
-    Ok(Devices { com1, acpi })
+    Ok((com1, acpi))
+}
+
+/// The list of what is plugged into the PCI bus.
+fn wire_pci_devices(
+    wiring: &mut Wiring,
+    config: &MachineConfig,
+    events: &Arc<Events>,
+) -> Result<(), MapError> {
+    let devices = &config.devices;
+    disks::wire(wiring, &devices.disks, config.vcpus, events)?;
+    nics::wire(wiring, &devices.nics, config.vcpus)?;
+    if devices.rng {
+        RngConfig.wire(wiring)?;
+    }
+    for share in &devices.shares {
+        share.clone().wire(wiring)?;
+    }
+    if let Some(balloon) = &devices.balloon {
+        balloon.clone().wire(wiring)?;
+    }
+    if let Some(vsock) = &devices.vsock {
+        vsock.clone().wire(wiring)?;
+    }
+    Ok(())
 }
 
 /// The clock chip, which also tells firmware and old systems how much RAM there is.
@@ -286,12 +328,40 @@ impl VcpuIo for MachineIo {
     }
 }
 
-/// Messages of devices and of the IOAPIC, to the engine's LAPICs.
-struct EngineMsi(Arc<dyn Vm>);
+/// What devices have to tell the engine.
+struct ToEngine(Arc<dyn Vm>);
 
-impl MsiSink for EngineMsi {
+/// Messages of devices and of the IOAPIC, to the engine's LAPICs.
+impl MsiSink for ToEngine {
     fn signal(&self, address: u64, data: u32) {
         self.0.signal_msi(Msi { address, data });
+    }
+}
+
+impl WriteObserver for ToEngine {
+    fn written(&self, start: GuestPhysical, length: usize) {
+        self.0.memory_written(start, length);
+    }
+}
+
+impl Doorbells for ToEngine {
+    fn register(&self, at: GuestPhysical, notify: Arc<dyn Notify>) -> Option<DoorbellGuard> {
+        let doorbell = Doorbell { place: DoorbellPlace::Mmio(at), rings: Rings::Any };
+        // An engine that is out of doorbells has the write go over the bus.
+        let handle = self.0.doorbell(doorbell, Arc::new(Ringer(notify))).ok()?;
+        Some(Box::new(handle))
+    }
+}
+
+/// A device's notifier, as the engine sees it.
+struct Ringer(Arc<dyn Notify>);
+
+impl engine::Notify for Ringer {
+    fn notify(&self) {
+        self.0.notify();
+    }
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.0.event()
     }
 }
 

@@ -1,7 +1,14 @@
 //! What a machine is made of.
 use crate::{Bytes, CpuChoice};
 use boot::{Image, Module};
+use disk::Disk;
+use net::Network;
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
+use virtio::balloon::BalloonControl;
+use virtio::fs::FsConfig;
+use virtio::vsock::VsockHost;
 
 /// The configuration of one machine.
 #[derive(Debug)]
@@ -20,6 +27,66 @@ pub struct MachineConfig {
     pub no_reboot: bool,
     /// Give the guest the debug-exit port.
     pub debug_exit: bool,
+    /// What is plugged into the PCI bus.
+    pub devices: DeviceConfig,
+}
+
+/// The devices on the PCI bus. They come in the order of the fields, each kind in its own order;
+/// a guest sees them in that order too.
+#[derive(Debug, Default)]
+pub struct DeviceConfig {
+    /// Disks: the first is /dev/vda to Linux.
+    pub disks: Vec<DiskConfig>,
+    /// Network cards.
+    pub nics: Vec<NicConfig>,
+    /// A source of entropy.
+    pub rng: bool,
+    /// Folders of the host.
+    pub shares: Vec<FsConfig>,
+    /// Through which the guest gives memory back.
+    pub balloon: Option<BalloonControl>,
+    /// Through which programs on the host and in the guest speak with each other.
+    pub vsock: Option<VsockHost>,
+}
+
+/// A disk. It stays open, so that a reset finds the same one.
+pub struct DiskConfig {
+    /// What the guest reads and writes.
+    pub disk: Arc<dyn Disk>,
+    /// The serial number that the guest sees, of 20 bytes at most.
+    pub serial: String,
+    /// What happens when the host has no room for what the guest writes.
+    pub on_full: OnFull,
+}
+
+impl fmt::Debug for DiskConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (size, on_full) = (self.disk.size(), self.on_full);
+        write!(f, "DiskConfig({:?}, {size} bytes, on_full: {on_full:?})", self.serial)
+    }
+}
+
+/// A network card.
+pub struct NicConfig {
+    /// What it is plugged into.
+    pub network: Arc<dyn Network>,
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+}
+
+impl fmt::Debug for NicConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NicConfig({:02x?})", self.mac)
+    }
+}
+
+/// What happens when the host has no room for what a guest writes to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnFull {
+    /// The machine pauses until there is room, and then makes the request again.
+    Pause,
+    /// The guest's request fails.
+    Fail,
 }
 
 /// A kernel and what it is given. The files stay open, so that a reset loads the same ones.

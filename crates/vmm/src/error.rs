@@ -4,8 +4,10 @@ use arch::{Baseline, FeatureSet};
 use boot::BootError;
 use device::MapError;
 use engine::EngineError;
+use share::ShareError;
 use std::io;
 use std::path::PathBuf;
+use virtio::vsock::VsockError;
 
 /// Why a machine cannot start or go on. Messages of bad input name the flag or file and the fix.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +76,12 @@ pub enum VmmError {
         #[source]
         source: io::Error,
     },
+    /// A folder cannot be shared.
+    #[error("--mount: a folder cannot be shared")]
+    Share(#[from] ShareError),
+    /// The guest's sockets cannot be made.
+    #[error("--vsock: the guest cannot be reached by sockets")]
+    Vsock(#[from] VsockError),
     /// Two devices want the same place: a defect of the assembly.
     #[error("the machine cannot be assembled")]
     Assembly(#[from] MapError),
@@ -87,7 +95,9 @@ impl VmmError {
             | Self::Vcpus { .. }
             | Self::Cpu { .. }
             | Self::Boot(_)
-            | Self::SerialFile { .. } => true,
+            | Self::SerialFile { .. }
+            | Self::Share(_)
+            | Self::Vsock(_) => true,
             Self::SerialOutput(_)
             | Self::Engine(_)
             | Self::Vcpu { .. }

@@ -1,4 +1,4 @@
-//! What ends a machine's run, and the wake-ups of its I/O thread.
+//! What ends or interrupts a machine's run, and the wake-ups of its I/O thread.
 use crate::triple_fault::TripleFault;
 use crate::vcpu::VcpuControl;
 use engine::EngineError;
@@ -39,7 +39,7 @@ impl AsFd for Wake {
     }
 }
 
-/// What ends the run of a machine's vCPUs.
+/// What ends or interrupts the run of a machine's vCPUs.
 #[derive(Debug)]
 pub enum Stop {
     /// The guest switched the machine off.
@@ -48,6 +48,8 @@ pub enum Stop {
     Reset,
     /// The guest wrote this to the debug-exit port.
     DebugExit(u8),
+    /// The host has no room for what the guest wrote to a disk: the machine pauses.
+    DiskFull,
     /// A vCPU shut down; hardware answers with a reset.
     TripleFault(Box<TripleFault>),
     /// The engine could not go on.

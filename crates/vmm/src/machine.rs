@@ -55,6 +55,9 @@ pub enum Notice<'a> {
     TripleFault(&'a TripleFault),
     /// A signal arrived; the guest has this long to switch off.
     PowerButton(Duration),
+    /// The host has no room for what the guest writes to a disk. The machine is paused, and tries
+    /// again this often.
+    DiskFull(Duration),
 }
 
 /// The outside world of a running machine.
@@ -121,7 +124,7 @@ impl<'e> Machine<'e> {
     pub fn run(mut self, mut host: Host<'_>) -> Result<Outcome, VmmError> {
         let _ended = EndedOnDrop(self.handle.clone());
         self.resume();
-        let mut io = IoThread { machine: &mut self, host: &mut host, asked: None };
+        let mut io = IoThread { machine: &mut self, host: &mut host, asked: None, full: None };
         let result = io.run();
         self.console.output().release(true);
         self.board.halt();
@@ -187,7 +190,12 @@ struct IoThread<'a, 'e, 'h> {
     host: &'a mut Host<'h>,
     /// When the guest was asked to switch off.
     asked: Option<Instant>,
+    /// When the machine was last paused because the host's disk is full.
+    full: Option<Instant>,
 }
+
+/// How often a machine that is paused because the host's disk is full tries to go on.
+const RETRY: Duration = Duration::from_secs(5);
 
 impl IoThread<'_, '_, '_> {
     fn run(&mut self) -> Result<Outcome, VmmError> {
@@ -205,6 +213,9 @@ impl IoThread<'_, '_, '_> {
             }
             if self.signalled() {
                 return Ok(Outcome::Stopped(StopCause::Signal));
+            }
+            if self.until_retry().is_some_and(|left| left.is_zero()) {
+                self.machine.resume();
             }
             if self.machine.handle.phase() == MachinePhase::Running {
                 let Machine { board, console, .. } = &mut *self.machine;
@@ -227,6 +238,10 @@ impl IoThread<'_, '_, '_> {
             Stop::EngineFailed { vcpu, error } => {
                 return Err(VmmError::Vcpu { vcpu, source: error });
             }
+            Stop::DiskFull => {
+                self.disk_full();
+                return Ok(None);
+            }
             Stop::Reset if no_reboot => return Ok(Some(Outcome::Reset)),
             Stop::Reset => {}
             Stop::TripleFault(fault) => {
@@ -240,12 +255,36 @@ impl IoThread<'_, '_, '_> {
         Ok(None)
     }
 
+    /// Pauses until there may be room. Says so unless it goes on from before.
+    fn disk_full(&mut self) {
+        if self.machine.handle.phase() != MachinePhase::Running {
+            return;
+        }
+        self.machine.pause();
+        let before = self.full.replace(Instant::now());
+        if before.is_none_or(|before| before.elapsed() > 2 * RETRY) {
+            (self.host.notify)(Notice::DiskFull(RETRY));
+        }
+    }
+
+    /// How long until a machine that waits for room tries to go on.
+    fn until_retry(&self) -> Option<Duration> {
+        let paused = self.machine.handle.phase() == MachinePhase::Paused;
+        self.full.filter(|_| paused).map(|full| RETRY.saturating_sub(full.elapsed()))
+    }
+
     fn command(&mut self, command: Command) -> Result<Option<Outcome>, VmmError> {
         let phase = self.machine.handle.phase();
         match command {
-            Command::Pause if phase == MachinePhase::Running => self.machine.pause(),
+            Command::Pause => {
+                // A pause that is asked for lasts.
+                self.full = None;
+                if phase == MachinePhase::Running {
+                    self.machine.pause();
+                }
+            }
             Command::Resume if phase == MachinePhase::Paused => self.machine.resume(),
-            Command::Pause | Command::Resume => {}
+            Command::Resume => {}
             Command::PowerButton => self.machine.board.power_button(),
             Command::Reset if self.machine.config.no_reboot => return Ok(Some(Outcome::Reset)),
             Command::Reset => self.machine.reset()?,
@@ -279,7 +318,8 @@ impl IoThread<'_, '_, '_> {
     /// Sleeps until something is to do.
     fn wait(&mut self) -> Result<Ready, VmmError> {
         let machine = &*self.machine;
-        let timeout = machine.board.next_alarm().into_iter().chain(self.patience()).min();
+        let alarm = machine.board.next_alarm().into_iter();
+        let timeout = alarm.chain(self.patience()).chain(self.until_retry()).min();
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let input = machine.console.wants_input();
         let output = machine.console.wants_output();

@@ -5,7 +5,8 @@ use image::{Cache, Quiet};
 use soft::{Options, SoftEngine};
 use std::time::Duration;
 use vmm::{
-    BootSource, Bytes, CpuChoice, Host, Image, Machine, MachineConfig, Notice, Outcome, Serial,
+    BootSource, Bytes, CpuChoice, DeviceConfig, Host, Image, Machine, MachineConfig, Notice,
+    Outcome, Serial,
 };
 
 const SCRIPT: &str = "i=0; while [ $i -lt 20 ]; do echo $i | sed s/^/line/ | sort; i=$((i+1)); done
@@ -34,6 +35,7 @@ fn debian_runs_with_a_code_cache_that_overflows_all_the_time() {
         serial: Serial::File(output.clone()),
         no_reboot: true,
         debug_exit: false,
+        devices: DeviceConfig::default(),
     };
     let engine = engine.unwrap();
     let mut notify = |notice: Notice<'_>| panic!("{notice:?}");

@@ -1,6 +1,6 @@
 //! Links between blocks: making them, undoing those that depend on address translation, and making
 //! those of an address space again.
-use super::{BlockId, CodeCache, Edge, NONE};
+use super::{BlockId, CodeCache, NONE};
 use crate::cpu::CELLS;
 use crate::emit::EdgeKind;
 
@@ -16,8 +16,9 @@ impl CodeCache {
     /// made, and now wants flags that the edge does not keep, the edge's own block is thrown away
     /// instead, to be translated anew.
     pub fn link(&mut self, edge: u32, target: BlockId, global: bool, cells: &mut [u64; CELLS]) {
-        let Some(&Edge { block, kind, live, .. }) = self.edges.get(edge as usize) else { return };
-        if self.blocks.get(target as usize).is_some_and(|to| to.live_in & !live != 0) {
+        let Some(&from) = self.edges.get(edge as usize) else { return };
+        let (block, kind) = (from.block, from.kind);
+        if self.block(target).is_some_and(|to| to.live_in() & !from.live() != 0) {
             self.kill(block, cells);
             return;
         }
@@ -26,7 +27,7 @@ impl CodeCache {
         }
         let Some(to) = self.blocks.get(target as usize) else { return };
         // An instruction that crosses a page depends on the translation of the next one too.
-        let crosses = to.second_page.is_some();
+        let crosses = to.second_page().is_some();
         match kind {
             EdgeKind::Always => return,
             // Versions are tried in one order, so that the search ends.
@@ -63,16 +64,15 @@ impl CodeCache {
 
     /// Makes an edge leave to the run loop.
     pub(super) fn unlink(&mut self, edge: u32, cells: &mut [u64; CELLS]) {
-        let Some(&Edge { stub, .. }) = self.edges.get(edge as usize) else { return };
         self.detach(edge);
-        self.point(edge, stub, cells);
+        self.point(edge, self.edge_host(edge), cells);
     }
 
     /// Makes an edge lead to a block.
     fn lead(&mut self, edge: u32, target: BlockId, cells: &mut [u64; CELLS]) {
         self.detach(edge);
+        let Some(entry) = self.entry(target) else { return };
         let Some(to) = self.blocks.get_mut(target as usize) else { return };
-        let entry = to.entry;
         let first = std::mem::replace(&mut to.incoming, edge);
         if let Some(e) = self.edges.get_mut(first as usize) {
             e.previous = edge;
@@ -84,11 +84,11 @@ impl CodeCache {
     }
 
     fn point(&mut self, edge: u32, host: u64, cells: &mut [u64; CELLS]) {
-        let Some(&Edge { block, kind, .. }) = self.edges.get(edge as usize) else { return };
-        match kind {
+        let Some(from) = self.edges.get(edge as usize) else { return };
+        match from.kind {
             EdgeKind::Always => {}
             EdgeKind::Near(at) | EdgeKind::Stale(at) => {
-                let origin = self.blocks.get(block as usize).map_or(0, |b| b.entry);
+                let Some(origin) = self.entry(from.block) else { return };
                 self.memory.patch(origin + u64::from(at), host);
             }
             EdgeKind::Far(cell) => {

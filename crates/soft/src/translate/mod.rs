@@ -9,7 +9,7 @@ pub mod fetch;
 pub mod flags;
 pub mod groups;
 
-use crate::cache::{BlockId, Key, NewBlock, Source};
+use crate::cache::{Block, BlockId, Key, NewBlock, Rare, Source};
 use crate::cpu::Cpu;
 use crate::emit::checked::Variable;
 use crate::emit::control::Successor;
@@ -71,7 +71,7 @@ pub struct Desk {
 }
 
 /// Digest of the bytes that a block was made from.
-pub fn digest(ram: &Ram, sources: &[Source]) -> u64 {
+pub fn digest(ram: &Ram, sources: &mut dyn Iterator<Item = Source>) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     for source in sources {
         let end = source.start + u64::from(source.len);
@@ -117,7 +117,7 @@ impl Cpu {
         let physical = self.translate_fetch(linear)?;
         let key = Key { pc: rip, physical, mode: self.mode };
         if let Some(id) = self.current(&key) {
-            match self.cache.block(id).and_then(|b| b.second_page) {
+            match self.cache.block(id).and_then(Block::second_page) {
                 None => return Ok(id),
                 Some(page) => {
                     let next = (linear | 0xfff).wrapping_add(1) & self.address_mask();
@@ -175,18 +175,15 @@ impl Cpu {
         // Only another vCPU can write without our notice.
         let digest = match self.vm.mailboxes.len() {
             1 => 0,
-            _ => digest(&self.vm.ram, &desk.sources),
+            _ => digest(&self.vm.ram, &mut desk.sources.iter().copied()),
         };
         let (emitted, instructions) = self.emit(key, desk, &checks);
-        let new = NewBlock {
-            key,
+        let rare = Rare {
             second_page: desk.run.second_page.map(|p| p & !0xfff),
-            emitted: &emitted,
             instructions,
-            sources: &desk.sources,
-            digest,
-            checks,
+            checks: checks.into_boxed_slice(),
         };
+        let new = NewBlock { key, emitted: &emitted, sources: &desk.sources, digest, rare };
         let id = self.cache.add(new, &mut self.cells);
         desk.buffers = Some(emitted.into_buffers());
         Ok(id)

@@ -1,6 +1,8 @@
 //! An engine whose vCPUs run closures instead of guests.
 use crate::console::Console;
-use crate::{BootSource, Bytes, CpuChoice, Host, Image, Machine, MachineConfig, Notice, Serial};
+use crate::{
+    BootSource, Bytes, CpuChoice, DeviceConfig, Host, Image, Machine, MachineConfig, Notice, Serial,
+};
 use arch::{CpuModel, VcpuState};
 use engine::{
     Debugger, DirtyLog, Doorbell, DoorbellHandle, Doorbells, Engine, EngineError, GuestMemory,
@@ -147,6 +149,7 @@ impl Vm for FakeVm {
     ) -> Result<DoorbellHandle, EngineError> {
         Ok(DoorbellHandle::new(self.doorbells.add(&self.memory, doorbell, notify)?))
     }
+    fn memory_written(&self, _start: arch::GuestPhysical, _length: usize) {}
     fn msi_line(&self) -> Result<Arc<dyn MsiLine>, EngineError> {
         Ok(Arc::new(FakeLine { message: Mutex::default(), messages: self.messages.clone() }))
     }
@@ -218,6 +221,7 @@ pub fn config() -> MachineConfig {
         serial: Serial::None,
         no_reboot: false,
         debug_exit: true,
+        devices: DeviceConfig::default(),
     }
 }
 

@@ -80,7 +80,7 @@ fn a_triple_fault_is_reported_with_registers_and_boots_the_guest_again() {
     let mut reports = Vec::new();
     let notify = &mut |notice: Notice<'_>| match notice {
         Notice::TripleFault(fault) => reports.push(fault.to_string()),
-        Notice::PowerButton(_) => panic!("no signal was sent"),
+        other => panic!("{other:?}"),
     };
     let outcome = machine(config(), &engine, None, None).run(host(notify)).unwrap();
     assert_eq!(outcome, Outcome::DebugExit(1));

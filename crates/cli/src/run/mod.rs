@@ -1,53 +1,31 @@
 //! `bv run`.
-use crate::args::{Guest, Run, SerialArg};
+mod error;
+mod system;
+
+use crate::args::{BalloonArg, GuestArg, Run, SerialArg, Switch};
 use crate::messages::{self, say};
+use crate::network;
 use crate::progress::Bar;
 use crate::terminal::{self, RawMode};
-use image::{Cache, ImageError, debian};
+use error::{FAILED, RunError};
+use image::{Cache, debian};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
+use system::System;
 use vmm::{
-    BootError, BootSource, Engine, EngineError, Host, Image, Machine, MachineConfig, Module,
-    Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals, VmmError,
+    BalloonControl, BootError, BootSource, Bytes, DeviceConfig, Engine, Host, Image, Machine,
+    MachineConfig, Module, Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals,
+    VmmError, VsockHost,
 };
 
 /// The command line of Debian's kernel: its console is ours, and only errors are worth a line.
 const DEBIAN_CMDLINE: &str = "console=ttyS0 quiet";
+/// Memory of a machine if its user says nothing: for kernels and for whole systems.
+const MEMORY: Bytes = Bytes::mib(512);
+const SYSTEM_MEMORY: Bytes = Bytes::mib(1024);
 /// How long a guest may take to switch off after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
-/// The status of a failure that is not the input's fault.
-const FAILED: u8 = 1;
-/// The status of input that cannot work, as clap has it.
-const BAD_INPUT: u8 = 2;
-
-/// Why `bv run` ends without an outcome of the guest.
-#[derive(Debug, thiserror::Error)]
-enum RunError {
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    #[error("--engine: this CPU engine does not work on this host")]
-    Engine(#[source] EngineError),
-    #[error(transparent)]
-    Machine(#[from] VmmError),
-    #[error("the terminal cannot be prepared; use --serial none or redirect standard input")]
-    Terminal(#[source] std::io::Error),
-    #[error("signals cannot be caught")]
-    Signals(#[source] std::io::Error),
-}
-
-impl RunError {
-    fn status(&self) -> u8 {
-        match self {
-            Self::Image(_) | Self::Boot(_) => BAD_INPUT,
-            Self::Machine(error) if error.is_bad_input() => BAD_INPUT,
-            Self::Machine(_) | Self::Engine(_) | Self::Terminal(_) | Self::Signals(_) => FAILED,
-        }
-    }
-}
-
 /// Runs a machine until it ends; the answer is the status of the process.
 pub fn run(arguments: Run) -> ExitCode {
     match try_run(arguments) {
@@ -75,24 +53,31 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
     let Selection { engine, fallback } =
         vmm::engine(arguments.engine.into()).map_err(RunError::Engine)?;
     // What can be told to be wrong without a download is told before it.
-    vmm::check(arguments.memory, arguments.cpus, arguments.cpu, engine.as_ref())?;
+    let memory = arguments.memory.unwrap_or(match arguments.guest {
+        Some(GuestArg::Image(_) | GuestArg::Disk(_)) => SYSTEM_MEMORY,
+        Some(GuestArg::Hello) | None => MEMORY,
+    });
+    vmm::check(memory, arguments.cpus, arguments.cpu, engine.as_ref())?;
     if let Some(line) = fallback {
         say(&line);
     }
     let keyboard = uses_keyboard(&arguments.serial);
-    let (boot, guest) = boot_source(&arguments)?;
+    let mut devices = devices(&arguments)?;
+    let System { boot, disks, title, kept } = system(&arguments)?;
+    devices.disks.splice(0..0, disks);
     let config = MachineConfig {
-        memory: arguments.memory,
+        memory,
         vcpus: arguments.cpus,
         cpu: arguments.cpu,
         boot,
         serial: serial(&arguments.serial, keyboard),
         no_reboot: arguments.no_reboot,
         debug_exit: arguments.debug_exit,
+        devices,
     };
     let machine = Machine::new(config, engine.as_ref())?;
     if keyboard {
-        say(&introduction(&guest, &arguments, engine.as_ref()));
+        say(&introduction(&title, memory, &arguments, engine.as_ref()));
     }
     // Before the terminal is changed, so that a signal finds someone to restore it.
     let signals = StopSignals::catch().map_err(RunError::Signals)?;
@@ -108,8 +93,25 @@ fn try_run(arguments: Run) -> Result<Outcome, RunError> {
         Ok(Outcome::Stopped(StopCause::Escape)) => say("left; the machine was stopped"),
         _ => {}
     }
-    drop(raw);
+    drop((raw, kept));
     Ok(outcome?)
+}
+
+/// What is plugged into the machine.
+fn devices(arguments: &Run) -> Result<DeviceConfig, RunError> {
+    let disks = arguments.disks.iter().enumerate().map(|(number, disk)| disk.open(number));
+    let balloon = match arguments.balloon {
+        BalloonArg::Target(bytes) => Some(BalloonControl::new(bytes.0)),
+        BalloonArg::Off => None,
+    };
+    Ok(DeviceConfig {
+        disks: disks.collect::<Result<_, _>>()?,
+        nics: network::cards(arguments)?,
+        rng: arguments.rng == Switch::On,
+        shares: vmm::open_shares(&arguments.mounts)?,
+        balloon,
+        vsock: arguments.vsock.as_ref().map(VsockHost::new).transpose().map_err(VmmError::from)?,
+    })
 }
 
 fn describe(notice: &Notice<'_>, no_reboot: bool) -> String {
@@ -118,6 +120,11 @@ fn describe(notice: &Notice<'_>, no_reboot: bool) -> String {
         Notice::TripleFault(fault) => {
             format!("{fault}\n  the machine resets; --no-reboot ends it instead")
         }
+        Notice::DiskFull(retry) => format!(
+            "the host has no room for what the guest writes to its disk: the machine is paused\n  \
+             free some space, and it goes on within {} seconds",
+            retry.as_secs()
+        ),
         Notice::PowerButton(grace) => format!(
             "asked the guest to switch off; it has {} seconds (signal again to stop it now)",
             grace.as_secs()
@@ -125,12 +132,11 @@ fn describe(notice: &Notice<'_>, no_reboot: bool) -> String {
     }
 }
 
-fn introduction(guest: &str, arguments: &Run, engine: &dyn Engine) -> String {
+fn introduction(guest: &str, memory: Bytes, arguments: &Run, engine: &dyn Engine) -> String {
     let plural = if arguments.cpus == 1 { "" } else { "s" };
     format!(
-        "{guest}: {} CPU{plural}, {}, {} engine; leave with Ctrl-]",
+        "{guest}: {} CPU{plural}, {memory}, {} engine; leave with Ctrl-]",
         arguments.cpus,
-        arguments.memory,
         engine.name()
     )
 }
@@ -152,35 +158,50 @@ fn serial(argument: &SerialArg, keyboard: bool) -> Serial {
     }
 }
 
-/// What to boot, and what to call it.
+/// What to run.
+fn system(arguments: &Run) -> Result<System, RunError> {
+    match &arguments.guest {
+        Some(GuestArg::Image(name)) => return system::from_image(arguments, name),
+        Some(GuestArg::Disk(path)) => return system::from_disk(arguments, path),
+        Some(GuestArg::Hello) | None => {}
+    }
+    if let Some(flag) = arguments.image_flag() {
+        return Err(RunError::OnlyImages(flag));
+    }
+    let (boot, title) = boot_source(arguments)?;
+    Ok(System { boot, disks: Vec::new(), title, kept: None })
+}
+
+/// What to boot, and what to call it, where it is no whole system.
 fn boot_source(arguments: &Run) -> Result<(BootSource, String), RunError> {
     let cmdline = |default: &str| arguments.cmdline.clone().unwrap_or_else(|| default.to_owned());
-    match (arguments.guest, &arguments.kernel) {
-        (Some(Guest::Hello), _) => {
-            let kernel = Image::embedded("hello".into(), hello_guest::IMAGE);
-            let source =
-                BootSource { kernel, initrd: None, modules: Vec::new(), cmdline: cmdline("") };
-            Ok((source, "hello".into()))
-        }
-        (None, Some(path)) => {
-            let kernel = Image::open(path)?;
-            let initrd = arguments.initrd.as_deref().map(Image::open).transpose()?;
-            let modules = arguments.modules.iter().map(|text| module(text));
-            let modules = modules.collect::<Result<_, BootError>>()?;
-            let source = BootSource { kernel, initrd, modules, cmdline: cmdline("") };
-            Ok((source, path.display().to_string()))
-        }
-        (None, None) => {
-            let debian = debian::prepare(&Cache::open()?, &mut Bar::default())?;
-            let source = BootSource {
-                kernel: Image::open(&debian.kernel)?,
-                initrd: Some(Image::open(&debian.initrd)?),
-                modules: Vec::new(),
-                cmdline: cmdline(DEBIAN_CMDLINE),
-            };
-            Ok((source, format!("Debian {}", debian.version)))
-        }
+    if arguments.guest == Some(GuestArg::Hello) {
+        let kernel = Image::embedded("hello".into(), hello_guest::IMAGE);
+        let source = BootSource { kernel, initrd: None, modules: Vec::new(), cmdline: cmdline("") };
+        return Ok((source, "hello".into()));
     }
+    if let Some(path) = &arguments.kernel {
+        return Ok((kernel(arguments, path)?, path.display().to_string()));
+    }
+    let debian = debian::prepare(&Cache::open()?, &mut Bar::default())?;
+    let source = BootSource {
+        kernel: Image::open(&debian.kernel)?,
+        initrd: Some(Image::open(&debian.initrd)?),
+        modules: Vec::new(),
+        cmdline: cmdline(DEBIAN_CMDLINE),
+    };
+    Ok((source, format!("Debian {}", debian.version)))
+}
+
+/// The kernel that the user names, with what goes with it.
+fn kernel(arguments: &Run, path: &Path) -> Result<BootSource, BootError> {
+    let modules = arguments.modules.iter().map(|text| module(text));
+    Ok(BootSource {
+        kernel: Image::open(path)?,
+        initrd: arguments.initrd.as_deref().map(Image::open).transpose()?,
+        modules: modules.collect::<Result<_, BootError>>()?,
+        cmdline: arguments.cmdline.clone().unwrap_or_default(),
+    })
 }
 
 /// A module from its path and arguments, separated by the first space.
