@@ -126,7 +126,10 @@ fn try_run(command: ImageCommand) -> Result<(), ImageCommandError> {
     let store = Store::open()?;
     let bar = &mut Bar::default();
     match command {
-        ImageCommand::Ls { available: false } => print(&images(&store.list()?)),
+        ImageCommand::Ls { available: false } => {
+            store.damaged()?.iter().for_each(|error| say(&messages::chain(error)));
+            print(&images(&store.list()?))
+        }
         ImageCommand::Ls { available: true } => print(&available(&store, &Catalogue::embedded()?)),
         ImageCommand::Pull { name, update } => {
             let image = pull(&store, &Catalogue::embedded()?, &name, update, bar)?;
@@ -186,7 +189,7 @@ fn available(store: &Store, catalogue: &Catalogue) -> String {
     let rows = catalogue.entries().iter().map(|entry| {
         let here = match (store.get(&entry.name), &entry.origin) {
             (Ok(Some(image)), Origin::Recipe(recipe))
-                if image.recipe() != Some(&recipe.digest()) =>
+                if image.recipe() != Some(recipe.digest().as_str()) =>
             {
                 "by another recipe"
             }

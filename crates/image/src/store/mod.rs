@@ -214,7 +214,7 @@ impl Store {
         }
     }
 
-    /// All images, by name, and then those without one. Damaged ones are left out.
+    /// All images, by name, and then those without one, but for damaged ones.
     ///
     /// # Errors
     /// Fails where the folder cannot be read.
@@ -230,6 +230,15 @@ impl Store {
         let key = |listed: &Listed| listed.name.as_ref().map(Name::to_string);
         listed.sort_by_key(|listed| (listed.name.is_none(), key(listed)));
         Ok(listed)
+    }
+
+    /// What is wrong with the images that are damaged and have a name.
+    ///
+    /// # Errors
+    /// Fails where the folder cannot be read.
+    pub fn damaged(&self) -> Result<Vec<StoreError>, StoreError> {
+        let names = self.names()?.into_iter();
+        Ok(names.filter_map(|(name, _)| self.get(&name).err()).collect())
     }
 
     /// Removes an image, and says how many bytes that gave back.

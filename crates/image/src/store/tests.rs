@@ -180,6 +180,8 @@ fn a_damaged_image_is_named_with_the_way_to_get_it_again() {
     let get = || world.store.get(&"x".parse().unwrap()).unwrap_err().to_string();
     replace(&image.disk(), "longer than it was");
     assert!(get().contains("bv image pull --update x"), "{}", get());
+    let damaged = world.store.damaged().unwrap();
+    assert_eq!((damaged.len(), world.store.list().unwrap().len()), (1, 0));
     replace(&image.disk(), "two");
     assert!(!world.get("x").unwrap().is_whole());
     for record_text in ["", "form = 1", &text.replace("form = 1", "form = 2"), "\0"] {
