@@ -134,3 +134,45 @@ on_each_engine!(pushes_and_pops_around_rsp_itself_see_it_as_it_is, |engine| {
     });
     assert_eq!(guest.run().done(), [8, 24, 77, 8]);
 });
+
+on_each_engine!(operands_at_known_addresses_follow_the_page_tables, |engine| {
+    let mut guest = Guest::new(engine, Mode::LONG);
+    let memory = guest.memory.clone();
+    guest.tables.map(&memory, PAGE, at::DATA, page::P | page::W);
+    let entry = guest.tables.entry(&memory, PAGE, 1);
+    write_u64(&guest.memory, at::DATA + 8, 1);
+    write_u64(&guest.memory, at::DATA + 0x1008, 10);
+    guest.code(at::CODE, |a| {
+        let mut again = a.create_label();
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut again)?;
+        a.mov(eax, dword_ptr(PAGE + 8))?;
+        a.add(eax, dword_ptr(PAGE + 16))?;
+        a.inc(dword_ptr(PAGE + 16))?;
+        say(a)?;
+        a.mov(rax, qword_ptr(entry))?;
+        a.xor(rax, 0x1000)?;
+        a.mov(qword_ptr(entry), rax)?;
+        a.invlpg(byte_ptr(PAGE + 8))?;
+        a.inc(ecx)?;
+        a.cmp(ecx, 4)?;
+        a.jne(again)?;
+        done(a)
+    });
+    assert_eq!(guest.run().done(), [1, 10, 2, 11]);
+});
+
+on_each_engine!(a_fault_at_a_known_address_names_that_address, |engine| {
+    let mut guest = twice(engine, PAGE + 0x800, |a| {
+        a.mov(rcx, qword_ptr(PAGE + 0xff8))?;
+        a.mov(dword_ptr(PAGE + 0xff8), ebp)?;
+        // The last one reaches into the next page.
+        a.mov(rdx, qword_ptr(PAGE + 0xff0))?;
+        a.mov(rsi, qword_ptr(PAGE + 0xffc))
+    });
+    let (exception, _, registers) = fault(&mut guest);
+    assert_eq!(exception.error, Some(0));
+    assert_eq!((registers[gpr::RCX], registers[gpr::RDX]), (0x1000 + 511, 0x1000 + 510));
+    assert_eq!(read_u64(&guest.memory, at::DATA + 0xff8), (0x1000 + 511) & !0xffff_ffff);
+    assert_eq!(guest.vcpus[0].state().unwrap().cr2, PAGE + 0x1000);
+});
