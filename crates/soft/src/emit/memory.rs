@@ -1,6 +1,7 @@
 //! Guest memory operands: the inline TLB probe, and what happens where it misses.
 use super::asm::{Fixup, Mem, Reg, Width, cc, op};
 use super::layout::{self, ADDRESS, SCRATCH};
+use super::recent::Slot;
 use super::{Cold, Emitter, address};
 use crate::helpers::AccessInfo;
 use crate::mode::SegmentClass;
@@ -44,13 +45,15 @@ pub enum Linear {
     /// Known when the code is translated, and with it the slot of the TLB. After the probe RDI is
     /// the host address of its page.
     Constant(u64),
+    /// Known when the code runs, and looked for in this slot of the recent pages first.
+    Recent(Slot),
 }
 
 impl Linear {
     /// From the address in RDI after the probe to the operand.
     fn distance(self) -> i32 {
         match self {
-            Self::Computed => 0,
+            Self::Computed | Self::Recent(_) => 0,
             Self::Constant(address) => (address & 0xfff) as i32,
         }
     }
@@ -60,12 +63,12 @@ impl Linear {
 #[must_use]
 #[derive(Clone, Copy)]
 pub struct Site {
-    miss: Fixup,
-    table: i32,
-    linear: Linear,
-    info: AccessInfo,
-    back: usize,
-    position: usize,
+    pub(super) miss: Fixup,
+    pub(super) table: i32,
+    pub(super) linear: Linear,
+    pub(super) info: AccessInfo,
+    pub(super) back: usize,
+    pub(super) position: usize,
 }
 
 impl Emitter<'_> {
@@ -79,7 +82,8 @@ impl Emitter<'_> {
                 if self.page_of(member).is_none() {
                     self.address_before(insn, member.distance);
                 }
-                self.open_group(member, operand);
+                let slot = self.recent_slot(insn, self.writes(member));
+                self.open_group(member, operand, slot);
             }
             return self.join(member);
         }
@@ -91,7 +95,10 @@ impl Emitter<'_> {
             None => {
                 self.effective_address(insn);
                 self.apply_segment(segment, operand);
-                self.probe(operand, segment)
+                match self.recent_slot(insn, operand.writes) {
+                    Some(slot) => self.probe_recent(slot, operand, segment),
+                    None => self.probe(operand, segment),
+                }
             }
         };
         if needs_alignment(insn) {
@@ -107,7 +114,8 @@ impl Emitter<'_> {
             if member.first {
                 self.free_flags(self.live_before);
                 self.asm.lea(width, ADDRESS, Mem::at(base, offset - member.distance));
-                self.open_group(member, operand);
+                let slot = self.stack_slot(self.writes(member));
+                self.open_group(member, operand, slot);
             }
             return self.join(member);
         }
@@ -115,16 +123,20 @@ impl Emitter<'_> {
         self.holds = None;
         self.asm.lea(width, ADDRESS, Mem::at(base, offset));
         self.apply_segment(SegmentName::Ss, operand);
-        Place::Single(self.probe(operand, SegmentName::Ss))
+        Place::Single(match self.stack_slot(operand.writes) {
+            Some(slot) => self.probe_recent(slot, operand, SegmentName::Ss),
+            None => self.probe(operand, SegmentName::Ss),
+        })
     }
 
     /// Probes for the whole group whose lowest address is in RDI.
-    fn open_group(&mut self, member: Member, operand: Operand) {
+    fn open_group(&mut self, member: Member, operand: Operand, slot: Option<Slot>) {
         let Some(group) = self.groups.get(member.group).copied() else { return };
         let span = Operand { size: group.span(), reads: operand.reads, writes: group.write };
-        let site = match group.page {
-            Some(page) => self.probe_constant(page, span, SegmentName::Ds),
-            None => self.probe(span, SegmentName::Ds),
+        let site = match (group.page, slot) {
+            (Some(page), _) => self.probe_constant(page, span, SegmentName::Ds),
+            (None, Some(slot)) => self.probe_recent(slot, span, SegmentName::Ds),
+            (None, None) => self.probe(span, SegmentName::Ds),
         };
         self.cold.push(Cold::Group(site));
         let start = self.asm.here();
@@ -133,6 +145,11 @@ impl Emitter<'_> {
             *kept = start..self.asm.here();
         }
         self.holds = Some(member.group);
+    }
+
+    /// Whether the member's group writes.
+    fn writes(&self, member: Member) -> bool {
+        self.groups.get(member.group).is_some_and(|g| g.write)
     }
 
     /// The page of the member's group if that is known.
@@ -163,6 +180,7 @@ impl Emitter<'_> {
                 self.asm.rm(Width::W64, op::XOR_LOAD, ADDRESS, tag);
             }
             Linear::Constant(linear) => self.asm.mov_imm(ADDRESS, linear),
+            Linear::Recent(slot) => self.refill_recent(slot, site),
         }
         self.asm.mov_imm(SCRATCH, u64::from(site.info.0));
     }
@@ -180,8 +198,17 @@ impl Emitter<'_> {
         self.holds = None;
         let info = AccessInfo::new(operand.size, operand.reads, operand.writes, segment);
         let table = layout::tlb_table(self.context.mode.mmu() as usize, operand.writes);
-        let tag = Mem::indexed(Reg::RSP, SCRATCH, 0, table);
+        let miss = self.look_up(table, operand.size);
         let host = Mem::indexed(Reg::RSP, SCRATCH, 0, table + 8);
+        self.asm.rm(Width::W64, op::ADD_LOAD, ADDRESS, host);
+        let position = self.positions.len() - 1;
+        Site { miss, table, linear: Linear::Computed, info, back: self.asm.here(), position }
+    }
+
+    /// Finds the entry of a table for the address in RDI: RSI is then its offset in the table, and
+    /// RDI the offset in the page. What it returns is taken where the entry is another page's, or
+    /// the operand crosses the page's end.
+    pub(super) fn look_up(&mut self, table: i32, size: u32) -> Fixup {
         if self.context.bmi2 {
             self.asm.rorx(Width::W64, SCRATCH, ADDRESS, 8);
         } else {
@@ -189,12 +216,10 @@ impl Emitter<'_> {
             self.asm.shift_imm(Width::W64, 5, SCRATCH, 8);
         }
         self.asm.alu_imm(Width::W32, 4, SCRATCH, ((TLB_ENTRIES - 1) << 4) as i32);
+        let tag = Mem::indexed(Reg::RSP, SCRATCH, 0, table);
         self.asm.rm(Width::W64, op::XOR_LOAD, ADDRESS, tag);
-        self.asm.alu_imm(Width::W64, 7, ADDRESS, 4096 - operand.size as i32);
-        let miss = self.asm.jcc(cc::A);
-        self.asm.rm(Width::W64, op::ADD_LOAD, ADDRESS, host);
-        let position = self.positions.len() - 1;
-        Site { miss, table, linear: Linear::Computed, info, back: self.asm.here(), position }
+        self.asm.alu_imm(Width::W64, 7, ADDRESS, 4096 - size as i32);
+        self.asm.jcc(cc::A)
     }
 
     /// The same for an address that is known, of an operand within one page; leaves RSI alone.

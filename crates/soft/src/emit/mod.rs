@@ -11,6 +11,7 @@ pub mod control;
 pub mod layout;
 pub mod memory;
 pub mod native;
+pub mod recent;
 pub mod stack;
 pub mod strings;
 pub mod system;
@@ -26,6 +27,7 @@ use asm::{Asm, Fixup, Mem, Reg, Width, cc};
 use iced_x86::{Encoder, FlowControl, Instruction, Mnemonic};
 use layout::{ADDRESS, RAW_FLAGS, SCRATCH};
 use memory::Site;
+use recent::Recent;
 use std::ops::Range;
 
 /// Where the guest's arithmetic flags are at a point of the host code.
@@ -128,6 +130,8 @@ pub struct Context {
     pub bmi2: bool,
     /// Whether the block uses vector registers.
     pub vectors: bool,
+    /// Which operands try recent pages.
+    pub recent: Recent,
     /// Whether edges may be linked (not while stepping).
     pub linkable: bool,
 }
@@ -158,6 +162,8 @@ pub struct Emitter<'a> {
     holds: Option<usize>,
     /// For each group the store of its address, until something loads that.
     kept: [Range<usize>; MAX_GROUPS],
+    /// Slots of recent pages used.
+    recent: usize,
     /// By how much the guest's RSP is yet to be moved.
     stack_moved: i32,
     /// Where the block goes on if it branches to itself: what its entry finds out still holds then.
@@ -251,6 +257,7 @@ impl<'a> Emitter<'a> {
             stack_member: None,
             holds: None,
             kept: [const { 0..0 }; MAX_GROUPS],
+            recent: 0,
             stack_moved: 0,
             around: None,
             checked_entry: None,
