@@ -8,6 +8,7 @@ pub mod facts;
 pub mod fetch;
 pub mod flags;
 pub mod groups;
+mod undefined;
 
 use crate::cache::{BlockId, Key, NewBlock, Source};
 use crate::cpu::Cpu;
