@@ -28,6 +28,13 @@ impl Cpu {
     /// # Errors
     /// #PF, or #AC where alignment is checked.
     pub fn load(&mut self, address: u64, data: &mut [u8], who: As) -> Result<(), Exception> {
+        if let Some(host) = self.quick(address, data.len(), false, who)? {
+            // SAFETY: `quick` returned the host address of as many bytes of guest RAM.
+            unsafe {
+                std::ptr::copy_nonoverlapping(host as *const u8, data.as_mut_ptr(), data.len())
+            };
+            return Ok(());
+        }
         let first = pieces(address, data.len());
         self.check_alignment(address, data.len(), who)?;
         let (head, tail) = data.split_at_mut(first);
@@ -48,6 +55,11 @@ impl Cpu {
     /// # Errors
     /// #PF, or #AC where alignment is checked.
     pub fn store(&mut self, address: u64, data: &[u8], who: As) -> Result<(), Exception> {
+        if let Some(host) = self.quick(address, data.len(), true, who)? {
+            // SAFETY: as in `load`, and the TLB's write table holds only writable RAM.
+            unsafe { store_bytes(host as *mut u8, data) };
+            return Ok(());
+        }
         let first = pieces(address, data.len());
         self.check_alignment(address, data.len(), who)?;
         let (head, tail) = data.split_at(first);
@@ -68,12 +80,7 @@ impl Cpu {
     /// As [`Cpu::load`].
     pub fn load_value(&mut self, address: u64, size: usize, who: As) -> Result<u64, Exception> {
         let mut bytes = [0; 8];
-        if let Some(host) = self.quick(address, size, false, who)? {
-            // SAFETY: `quick` returned the host address of `size` bytes of guest RAM.
-            unsafe { std::ptr::copy_nonoverlapping(host as *const u8, bytes.as_mut_ptr(), size) };
-        } else {
-            self.load(address, bytes.get_mut(..size).unwrap_or(&mut []), who)?;
-        }
+        self.load(address, bytes.get_mut(..size).unwrap_or(&mut []), who)?;
         Ok(u64::from_le_bytes(bytes))
     }
 
@@ -89,11 +96,6 @@ impl Cpu {
         who: As,
     ) -> Result<(), Exception> {
         let bytes = value.to_le_bytes();
-        if let Some(host) = self.quick(address, size, true, who)? {
-            // SAFETY: as in `load_value`, and the TLB's write table holds only writable RAM.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host as *mut u8, size) };
-            return Ok(());
-        }
         self.store(address, bytes.get(..size).unwrap_or(&[]), who)
     }
 
@@ -102,6 +104,9 @@ impl Cpu {
     /// # Errors
     /// As [`Cpu::store`].
     pub fn probe_store(&mut self, address: u64, size: usize, who: As) -> Result<(), Exception> {
+        if self.quick(address, size, true, who)?.is_some() {
+            return Ok(());
+        }
         self.translate(address, Want::Write, who)?;
         if pieces(address, size) < size {
             self.translate(self.next_page(address), Want::Write, who)?;
@@ -161,7 +166,7 @@ impl Cpu {
     ///
     /// # Errors
     /// #PF.
-    fn quick(
+    pub fn quick(
         &mut self,
         address: u64,
         size: usize,

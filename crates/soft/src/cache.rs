@@ -114,6 +114,8 @@ pub struct CodeCache {
     pub touched: bool,
     /// Blocks whose groups cross pages again and again: they do without.
     ungrouped: HashSet<Key, BuildHasherDefault<Mix>>,
+    /// Blocks that look for recent pages in vain again and again: they do without.
+    restless: HashSet<Key, BuildHasherDefault<Mix>>,
     /// A block to be thrown away before the next one is entered.
     pub worn_out: Option<BlockId>,
     /// How often everything was thrown away: numbers of blocks and edges are void after it.
@@ -145,6 +147,7 @@ impl CodeCache {
             far_local: Vec::new(),
             touched: false,
             ungrouped: HashSet::default(),
+            restless: HashSet::default(),
             worn_out: None,
             flushes: 0,
             unsure: Vec::new(),
@@ -402,6 +405,19 @@ impl CodeCache {
         }
     }
 
+    /// Notes that the block that holds host address `host` is to do without recent pages.
+    pub fn note_restless(&mut self, host: u64) -> Option<BlockId> {
+        let after = self.blocks.partition_point(|b| b.entry < host);
+        let id = after.checked_sub(1)?;
+        self.restless.insert(self.blocks.get(id)?.key);
+        Some(id as BlockId)
+    }
+
+    /// Whether a block is to be translated without looking for recent pages.
+    pub fn is_restless(&self, key: &Key) -> bool {
+        self.restless.contains(key)
+    }
+
     /// Whether a block is to be translated without groups.
     pub fn is_ungrouped(&self, key: &Key) -> bool {
         self.ungrouped.contains(key)
@@ -428,6 +444,7 @@ impl CodeCache {
         self.far_local.clear();
         self.unsure.clear();
         self.ungrouped.clear();
+        self.restless.clear();
         self.worn_out = None;
         self.flushes += 1;
         self.touched = true;

@@ -167,7 +167,7 @@ pub struct Cpu {
     /// Host addresses of the present block's groups of accesses.
     pub groups: [u64; crate::translate::groups::MAX_GROUPS],
     /// Spill slots of translated code.
-    pub spill: [u64; 4],
+    pub spill: [u64; 5],
     /// The host's stack pointer while translated code runs.
     pub host_rsp: u64,
     /// Where translated code left and why (see `run`).

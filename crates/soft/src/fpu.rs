@@ -222,6 +222,9 @@ fn image_address(
     let name = operand_segment(insn, cpu.mode.is_64());
     let address = cpu.linear(name, offset, length as u64, write)?;
     let last = address.wrapping_add(length as u64 - 1) & cpu.address_mask();
+    if cpu.quick(address, length, write, As::Current)?.is_some() {
+        return Ok(address);
+    }
     let want = if write { Want::Write } else { Want::Read };
     cpu.translate(address, want, As::Current)?;
     cpu.translate(last, want, As::Current)?;

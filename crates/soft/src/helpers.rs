@@ -17,6 +17,7 @@ impl AccessInfo {
     const READS: u32 = 1 << 8;
     const WRITES: u32 = 1 << 9;
     const ALIGNED: u32 = 1 << 10;
+    const WORN: u32 = 1 << 11;
 
     /// An access of `size` bytes (1 to 64, of a group up to 4096) through `segment`.
     pub fn new(size: u32, reads: bool, writes: bool, segment: SegmentName) -> Self {
@@ -27,7 +28,12 @@ impl AccessInfo {
     pub fn aligned(self) -> Self {
         Self(self.0 | Self::ALIGNED)
     }
-    fn size(self) -> usize {
+    /// Says, in place of an access, that the block is to do without recent pages.
+    pub fn worn(self) -> Self {
+        Self(self.0 | Self::WORN)
+    }
+    /// Bytes.
+    pub fn size(self) -> usize {
         (self.0 >> 16) as usize
     }
     fn reads(self) -> bool {
@@ -118,6 +124,9 @@ fn fault_at(cpu: &mut Cpu, host: u64, exception: Exception) -> Answer {
 pub extern "sysv64" fn read(cpu: *mut Cpu, address: u64, info: u32, host: u64) -> Answer {
     guarded(cpu, LEAVE, |cpu| {
         let info = AccessInfo(info);
+        if info.0 & AccessInfo::WORN != 0 {
+            return wear_out(cpu, host);
+        }
         let answer =
             check_address(cpu, address, info).and_then(|()| cpu.prepare_read(address, info.size()));
         match answer {
@@ -125,6 +134,19 @@ pub extern "sysv64" fn read(cpu: *mut Cpu, address: u64, info: u32, host: u64) -
             Err(exception) => fault_at(cpu, host, exception),
         }
     })
+}
+
+/// A place of translated code looks for its page in vain too often: the block goes, to be
+/// translated without such attempts from the present instruction on.
+fn wear_out(cpu: &mut Cpu, host: u64) -> Answer {
+    cpu.locate(host);
+    cpu.unpack_flags();
+    if let Some(id) = cpu.cache.note_restless(host) {
+        let page = cpu.cache.block(id).map_or(0, |b| b.key.physical & !0xfff);
+        cpu.kill_all(page, &[id]);
+    }
+    cpu.exit = exit::HELPER;
+    LEAVE
 }
 
 /// The write probe missed.

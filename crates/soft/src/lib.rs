@@ -11,7 +11,7 @@
 //! holds what vCPUs share, `signals` turns faults of the host CPU into the guest's.
 //!
 //! `unsafe` code is confined to `access`, `clock`, `codemem`, `fpu`, `helpers`, `ram`, `region`, `run`,
-//! `signals`, `strings`, `thunks`, `translate::fetch` and `vcpu`.
+//! `signals`, `strings`, `thunks`, `translate::fetch`, `translate::undefined` and `vcpu`.
 mod access;
 mod cache;
 mod clock;

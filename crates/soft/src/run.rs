@@ -367,6 +367,11 @@ fn signal(cpu: &mut Cpu) -> Result<(), EngineError> {
         // The prologue of a block: nothing but the poll faults there.
         return Ok(());
     }
+    if trap == vector::GP && cpu.uses_recent(host) {
+        // Perhaps an address that is not canonical found an empty slot.
+        cpu.plain = true;
+        return Ok(());
+    }
     let exception = match trap {
         vector::DE => Exception::DIVIDE,
         vector::UD => Exception::INVALID_OPCODE,
@@ -428,6 +433,12 @@ impl Cpu {
         true
     }
 
+    /// Whether the block at host address `host` may use recent pages.
+    fn uses_recent(&self, host: u64) -> bool {
+        let block = self.cache.containing(host);
+        block.is_some_and(|(b, _)| crate::translate::may_use_recent(b.key.mode))
+    }
+
     /// Whether a block that was just found at `rip` lies in global pages only.
     fn lasting(&self, block: BlockId) -> bool {
         let crosses = self.cache.block(block).is_none_or(|b| b.second_page().is_some());
@@ -452,6 +463,7 @@ impl Cpu {
             return false;
         }
         self.outstanding = true;
+        self.tlb.be_patient();
         mailbox.pending.fetch_and(!ATTENDED, Ordering::SeqCst);
         if bits & pending::EMPTY_TLB != 0 {
             self.tlb.flush();

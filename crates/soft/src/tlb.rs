@@ -40,6 +40,13 @@ impl Right {
 pub struct Tlb {
     /// Indexed by [`MmuIndex`], then read (0) or write (1), then page number modulo size.
     pub tables: [[[TlbEntry; TLB_ENTRIES]; 2]; MmuIndex::COUNT],
+    /// Copies of entries of `tables`, each the page that some places of translated code used last:
+    /// see `emit::recent`. Indexed by [`MmuIndex`] and right as they are.
+    pub recent: [[[TlbEntry; RECENT]; 2]; MmuIndex::COUNT],
+    /// How often each slot of `recent` may be filled until the next [`Tlb::be_patient`].
+    pub patience: [[[i32; RECENT]; 2]; MmuIndex::COUNT],
+    /// Nonzero where a slot of `recent` was filled since they were last emptied.
+    pub recent_filled: u32,
     /// For each table, a bit for each slot that holds a global page, and one for each that holds
     /// another.
     filled: [[Filled; 2]; MmuIndex::COUNT],
@@ -52,6 +59,17 @@ struct Filled {
 }
 
 const NOTHING: Filled = Filled { global: [0; TLB_ENTRIES / 64], local: [0; TLB_ENTRIES / 64] };
+
+/// Slots of [`Tlb::recent`] for each right.
+pub const RECENT: usize = 32;
+
+/// A place that has to fill its slot so often between two events, mostly ticks of a timer, loses
+/// more by that than it gains from finding its page there.
+const PATIENCE: i32 = 32_768;
+
+/// What an empty slot of [`Tlb::recent`] holds: an address that is not canonical, whose use as a
+/// host address faults.
+const EMPTY_RECENT: TlbEntry = TlbEntry { tag: 1 << 63, host: 1 << 63 };
 
 /// What an empty slot holds.
 const fn empty(slot: usize) -> TlbEntry {
@@ -71,8 +89,23 @@ fn drain(table: &mut [TlbEntry; TLB_ENTRIES], bits: &mut [u64; TLB_ENTRIES / 64]
 }
 
 impl Tlb {
+    /// Empties `recent`.
+    fn forget_recent(&mut self) {
+        if std::mem::take(&mut self.recent_filled) != 0 {
+            self.recent = [[[EMPTY_RECENT; RECENT]; 2]; MmuIndex::COUNT];
+        }
+    }
+
+    /// Some time has passed: slots of `recent` may be filled as often again.
+    pub fn be_patient(&mut self) {
+        if self.recent_filled != 0 {
+            self.patience = [[[PATIENCE; RECENT]; 2]; MmuIndex::COUNT];
+        }
+    }
+
     /// Forgets everything.
     pub fn flush(&mut self) {
+        self.forget_recent();
         for (tables, filled) in self.tables.iter_mut().zip(&mut self.filled) {
             for (table, filled) in tables.iter_mut().zip(filled) {
                 drain(table, &mut filled.global);
@@ -83,6 +116,7 @@ impl Tlb {
 
     /// Forgets all pages that are not global.
     pub fn flush_local(&mut self) {
+        self.forget_recent();
         for (tables, filled) in self.tables.iter_mut().zip(&mut self.filled) {
             for (table, filled) in tables.iter_mut().zip(filled) {
                 drain(table, &mut filled.local);
@@ -98,10 +132,13 @@ impl Tlb {
             }
         }
         self.filled = [[NOTHING; 2]; MmuIndex::COUNT];
+        self.recent = [[[EMPTY_RECENT; RECENT]; 2]; MmuIndex::COUNT];
+        self.patience = [[[PATIENCE; RECENT]; 2]; MmuIndex::COUNT];
     }
 
     /// Forgets one page in all tables.
     pub fn flush_page(&mut self, address: u64) {
+        self.forget_recent();
         let slot = slot(address);
         for table in self.tables.iter_mut().flatten() {
             if table[slot].tag == address & !0xfff {
@@ -112,6 +149,7 @@ impl Tlb {
 
     /// Forgets write access to a page of host memory, under whatever address.
     pub fn forbid_writes(&mut self, host: u64) {
+        self.forget_recent();
         for (tables, filled) in self.tables.iter_mut().zip(&self.filled) {
             for n in 0..TLB_ENTRIES / 64 {
                 let mut left = filled[1].global[n] | filled[1].local[n];

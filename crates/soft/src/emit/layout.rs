@@ -59,7 +59,7 @@ pub const KERNEL_GS_BASE: Mem = Mem::cpu(offset_of!(Cpu, sys) + offset_of!(Syste
 /// IA32_TSC_AUX.
 pub const TSC_AUX: Mem = Mem::cpu(offset_of!(Cpu, sys) + offset_of!(System, tsc_aux));
 
-/// Spill slot `n`, 0 or 1 (2 and 3 belong to Rust code).
+/// Spill slot `n`: 0, 1 or 4 (2 and 3 belong to Rust code).
 pub const fn spill(n: usize) -> Mem {
     Mem::cpu(offset_of!(Cpu, spill) + 8 * n)
 }
@@ -84,6 +84,19 @@ pub const fn tlb_table(mmu: usize, write: bool) -> i32 {
     let table = TLB_ENTRIES * size_of::<TlbEntry>();
     (offset_of!(Cpu, tlb) + offset_of!(Tlb, tables) + (mmu * 2 + write as usize) * table) as i32
 }
+
+/// Slot `n` of the recent pages, and how often it may be filled.
+pub const fn recent(mmu: usize, write: bool, n: usize) -> (Mem, Mem) {
+    use crate::tlb::{RECENT, Tlb, TlbEntry};
+    let number = (mmu * 2 + write as usize) * RECENT + n % RECENT;
+    let recent = offset_of!(Cpu, tlb) + offset_of!(Tlb, recent);
+    let patience = offset_of!(Cpu, tlb) + offset_of!(Tlb, patience);
+    (Mem::cpu(recent + number * size_of::<TlbEntry>()), Mem::cpu(patience + number * 4))
+}
+
+/// Whether any recent page is known.
+pub const RECENT_FILLED: Mem =
+    Mem::cpu(offset_of!(Cpu, tlb) + offset_of!(crate::tlb::Tlb, recent_filled));
 
 /// Displacement of the guest addresses of a jump cache.
 pub const fn jump_pcs(mmu: usize) -> i32 {

@@ -1,20 +1,22 @@
 //! From decoded guest instructions to host code.
 //!
-//! [`Emitter`] holds the block under construction. `memory` makes addresses and probes, `native`
+//! [`Emitter`] holds the block under construction. `address` makes addresses, `memory` probes, `native`
 //! re-encodes instructions, `stack` and `control` do PUSH to RET and everything that ends a block,
 //! `checked` does what blocks of rewritten code need, `strings` string instructions.
 //! Slow paths are collected as [`Cold`] stubs and placed after the block's straight code.
+pub mod address;
 pub mod asm;
 pub mod checked;
 pub mod control;
 pub mod layout;
 pub mod memory;
 pub mod native;
+pub mod recent;
 pub mod stack;
 pub mod strings;
 pub mod system;
 
-use crate::helpers::{AccessInfo, Helped};
+use crate::helpers::Helped;
 use crate::mode::Mode;
 use crate::rewritten::Check;
 use crate::thunks::index;
@@ -24,6 +26,8 @@ use crate::translate::groups::{Group, MAX_GROUPS, Member};
 use asm::{Asm, Fixup, Mem, Reg, Width, cc};
 use iced_x86::{Encoder, FlowControl, Instruction, Mnemonic};
 use layout::{ADDRESS, RAW_FLAGS, SCRATCH};
+use memory::Site;
+use recent::Recent;
 use std::ops::Range;
 
 /// Where the guest's arithmetic flags are at a point of the host code.
@@ -78,13 +82,35 @@ pub struct EdgeSpec {
 
 /// Code that runs rarely.
 enum Cold {
-    Access { miss: Fixup, table: i32, info: AccessInfo, back: usize, after: usize, position: usize },
-    Group { miss: Fixup, table: i32, info: AccessInfo, back: usize, position: usize },
-    Edge { fixup: Option<Fixup>, edge: usize, flags: FlagsIn, position: usize },
-    Indirect { miss: Fixup, position: usize },
-    Stale { stale: Vec<Fixup>, position: usize },
-    String { slow: Vec<Fixup>, helped: *const Helped, back: usize, position: usize },
-    Helper { fixups: [Option<Fixup>; 2], helped: *const Helped, back: usize, position: usize },
+    /// The access ends at this host offset.
+    Access(Site, usize),
+    Group(Site),
+    Edge {
+        fixup: Option<Fixup>,
+        edge: usize,
+        flags: FlagsIn,
+        position: usize,
+    },
+    Indirect {
+        miss: Fixup,
+        position: usize,
+    },
+    Stale {
+        stale: Vec<Fixup>,
+        position: usize,
+    },
+    String {
+        slow: Vec<Fixup>,
+        helped: *const Helped,
+        back: usize,
+        position: usize,
+    },
+    Helper {
+        fixups: [Option<Fixup>; 2],
+        helped: *const Helped,
+        back: usize,
+        position: usize,
+    },
 }
 
 /// What the emitter needs to know of its surroundings.
@@ -104,6 +130,8 @@ pub struct Context {
     pub bmi2: bool,
     /// Whether the block uses vector registers.
     pub vectors: bool,
+    /// Which operands try recent pages.
+    pub recent: Recent,
     /// Whether edges may be linked (not while stepping).
     pub linkable: bool,
 }
@@ -134,6 +162,8 @@ pub struct Emitter<'a> {
     holds: Option<usize>,
     /// For each group the store of its address, until something loads that.
     kept: [Range<usize>; MAX_GROUPS],
+    /// Slots of recent pages used.
+    recent: usize,
     /// By how much the guest's RSP is yet to be moved.
     stack_moved: i32,
     /// Where the block goes on if it branches to itself: what its entry finds out still holds then.
@@ -227,6 +257,7 @@ impl<'a> Emitter<'a> {
             stack_member: None,
             holds: None,
             kept: [const { 0..0 }; MAX_GROUPS],
+            recent: 0,
             stack_moved: 0,
             around: None,
             checked_entry: None,
@@ -420,12 +451,8 @@ impl<'a> Emitter<'a> {
 
     fn place(&mut self, cold: Cold) {
         match cold {
-            Cold::Access { miss, table, info, back, after, position } => {
-                self.place_access(miss, table, info, (back, after), position);
-            }
-            Cold::Group { miss, table, info, back, position } => {
-                self.place_group(miss, table, info, back, position);
-            }
+            Cold::Access(site, after) => self.place_access(site, after),
+            Cold::Group(site) => self.place_group(site),
             Cold::Edge { fixup, edge, flags, position } => {
                 self.resume_position(position);
                 self.place_edge(fixup, edge, flags);

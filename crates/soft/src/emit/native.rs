@@ -1,8 +1,8 @@
 //! Guest instructions that the host executes: renaming registers and redirecting memory operands.
-use super::Emitter;
 use super::asm::{Mem, Reg, Width, op};
 use super::layout::{self, ADDRESS, SCRATCH};
 use super::memory::Place;
+use super::{Emitter, address};
 use crate::operand::operand_segment;
 use crate::translate::classify::{self, Operand, has_memory};
 use crate::translate::flags::Effect;
@@ -89,10 +89,7 @@ impl Emitter<'_> {
         let place = memory.map(|operand| self.open(insn, operand));
         self.flags_for(effect);
         self.bring(&visitors);
-        let distance = match place {
-            Some(Place::Grouped(distance)) => distance,
-            _ => 0,
-        };
+        let distance = place.as_ref().map_or(0, Place::distance);
         let host = rename(insn, &visitors, accesses_memory.then_some(distance));
         self.encode(&host)?;
         self.flags_after(effect);
@@ -159,13 +156,6 @@ impl Emitter<'_> {
         buffer.clear();
         self.encoder.set_buffer(buffer);
         Ok(())
-    }
-
-    /// LEA: an address computation that goes nowhere.
-    pub fn lea(&mut self, insn: &Instruction) {
-        self.effective_address(insn);
-        let target = insn.op0_register();
-        self.write_gpr(target, ADDRESS);
     }
 
     /// Writes a scratch register to a guest register with the width of the latter (16 bits keep
@@ -235,7 +225,7 @@ impl Emitter<'_> {
         }
         let word = size.trailing_zeros() as u8;
         self.asm.shift_imm(Width::W64, 7, SCRATCH, word + 3);
-        let (width, mask16) = self.address_width(insn);
+        let (width, mask16) = address::width(insn, self.context.mode);
         self.asm.lea(width, ADDRESS, Mem::indexed(ADDRESS, SCRATCH, word, 0));
         if mask16 {
             self.asm.rr(Width::W32, op::MOVZX16, ADDRESS, ADDRESS);

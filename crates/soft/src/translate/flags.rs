@@ -18,8 +18,7 @@ pub const ALL: Flags = RflagsBits::OF
 pub struct Effect {
     /// Flags whose old value matters.
     pub reads: Flags,
-    /// Flags that certainly get a new value. Undefined results do not count: on real CPUs they
-    /// may be the old value.
+    /// Flags that certainly get a new value; undefined ones as far as `undefined` knows that.
     pub kills: Flags,
     /// Flags that may change.
     pub touches: Flags,
@@ -51,6 +50,7 @@ pub fn of_string(insn: &Instruction) -> Effect {
 fn native(insn: &Instruction) -> Effect {
     let touches = insn.rflags_modified() & ALL;
     let mut kills = (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set()) & ALL;
+    kills |= super::undefined::overwritten(insn);
     let mut reads = insn.rflags_read() & ALL;
     if is_shift(insn.mnemonic()) && !certainly_shifts(insn) {
         // A count of zero leaves all flags as they were.

@@ -2,12 +2,14 @@
 //!
 //! Addresses are compared by value numbering: each general register holds *value* `epoch` plus a
 //! constant, and constant additions, moves and the stack pointer's steps keep the value. Accesses
-//! at constant distances from one value form a [`Group`]. Its first member probes the TLB for the
+//! at constant distances from one value form a [`Group`], and so do those at constant addresses in
+//! one page. Its first member probes the TLB for the
 //! whole span, which must lie in one page; the others use the host address that it found. Where
 //! that fails, the block is left at the first member, nothing having happened, and a translation
 //! without groups goes on from there (`Mode::PLAIN`).
 use super::Step;
 use super::classify::{Class, Operands, has_memory};
+use crate::emit::address;
 use crate::mode::{Mode, SegmentClass};
 use crate::operand::operand_segment;
 use arch::SegmentName;
@@ -24,6 +26,8 @@ const MAX_SPAN: i64 = 256;
 pub struct Group {
     epoch: u32,
     segment: SegmentName,
+    /// The page, where the translator knows it: then that is what the offsets count from.
+    pub page: Option<u64>,
     /// Lowest offset from the value, and the end of the highest access.
     low: i64,
     high: i64,
@@ -176,6 +180,10 @@ impl Planner<'_> {
     /// The membership of the instruction's memory operand.
     fn operand(&mut self, insn: &Instruction) -> Option<Member> {
         let operand = self.operands.memory(insn)?;
+        if let Some(offset) = address::constant(insn, self.mode) {
+            let segment = operand_segment(insn, self.mode.is_64());
+            return self.constant(offset, i64::from(operand.size), operand.writes, segment);
+        }
         let base = insn.memory_base();
         if insn.memory_index() != Register::None || !self.is_natural(base) {
             return None;
@@ -206,14 +214,45 @@ impl Planner<'_> {
         let Value { epoch, delta } = self.registers[base & 15];
         let (low, high) = (delta + disp, delta + disp + size);
         let fits = |g: &Group| {
-            g.epoch == epoch
+            g.page.is_none()
+                && g.epoch == epoch
                 && g.segment == segment
                 && g.high.max(high) - g.low.min(low) <= MAX_SPAN
         };
+        let new = Group { epoch, segment, page: None, low, high, write, members: 0 };
+        self.join(fits, new)
+    }
+
+    /// The same at an address that is known.
+    fn constant(
+        &mut self,
+        address: u64,
+        size: i64,
+        write: bool,
+        segment: SegmentName,
+    ) -> Option<Member> {
+        let (page, low) = (address & !0xfff, (address & 0xfff) as i64);
+        let flat = self.mode.access(segment, write) == SegmentClass::Flat;
+        if self.shadow || !flat || low + size > 4096 {
+            return None;
+        }
+        // Before its first write a page is not to become dirty.
+        let fits = |g: &Group| g.page == Some(page) && (g.write || !write);
+        let segment = SegmentName::Ds;
+        let group =
+            Group { epoch: 0, segment, page: Some(page), low: 0, high: 0, write, members: 0 };
+        let mut member = self.join(fits, Group { high: low + size, ..group })?;
+        member.distance = low as i32;
+        Some(member)
+    }
+
+    /// Puts an access into the first group that `fits`, or into a `new` one, which has its bounds.
+    fn join(&mut self, fits: impl Fn(&Group) -> bool, new: Group) -> Option<Member> {
+        let Group { low, high, write, .. } = new;
         let group = match self.groups.iter().position(fits) {
             Some(n) => n,
             None if self.groups.len() < MAX_GROUPS => {
-                self.groups.push(Group { epoch, segment, low, high, write, members: 0 });
+                self.groups.push(new);
                 self.groups.len() - 1
             }
             None => return None,

@@ -8,11 +8,13 @@ pub mod facts;
 pub mod fetch;
 pub mod flags;
 pub mod groups;
+mod undefined;
 
 use crate::cache::{Block, BlockId, Key, NewBlock, Rare, Source};
 use crate::cpu::Cpu;
 use crate::emit::checked::Variable;
 use crate::emit::control::Successor;
+use crate::emit::recent::Recent;
 use crate::emit::{Buffers, Context, Emitted, Emitter, stack};
 use crate::exception::Exception;
 use crate::helpers::Helped;
@@ -263,12 +265,12 @@ impl Cpu {
         if checks.is_empty() && !self.cache.is_ungrouped(&key) {
             groups::plan(&mut run.steps, key.mode, operands, groups);
         }
-        let context = self.context(key, run);
         let live_in = run.steps.first().map_or(ALL, |s| s.live_before);
         let last = run.steps.last();
         let last_varies =
             || run.steps.len().checked_sub(1).and_then(|n| variable(n, checks)).is_some();
         let poll = last.is_some_and(|s| run.may_loop(s)) || last_varies();
+        let context = Context { recent: self.recent(&key, run, poll), ..self.context(key, run) };
         let buffers = buffers.take().unwrap_or_default();
         let mut emitter = Emitter::new(context, operands, groups, buffers, (live_in, poll), checks);
         let mut next_helped = helped.iter();
@@ -300,6 +302,20 @@ impl Cpu {
         (emitter.finish(live_in), helped)
     }
 
+    /// Which operands of a block, which polls if it can be part of a loop, try recent pages.
+    fn recent(&self, key: &Key, run: &Run, poll: bool) -> Recent {
+        let returns = run.steps.last().is_some_and(|s| s.class == Class::Return);
+        if !may_use_recent(key.mode) {
+            Recent::Nothing
+        } else if !poll || returns || self.cache.is_restless(key) {
+            Recent::Stack
+        } else if run.target.is_some_and(|t| t.near && t.pc == key.pc) {
+            Recent::All
+        } else {
+            Recent::Arrays
+        }
+    }
+
     fn context(&self, key: Key, run: &Run) -> Context {
         let (first_edge, first_cell) = self.cache.next_numbers();
         Context {
@@ -311,9 +327,15 @@ impl Cpu {
             precise: self.vm.options.precise_flags || key.mode.step(),
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             vectors: run.steps.iter().any(|s| s.class == Class::NativeVector),
+            recent: Recent::Nothing,
             linkable: !key.mode.step() && !key.mode.shadow(),
         }
     }
+}
+
+/// Whether code of this mode may try recent pages before the TLB.
+pub fn may_use_recent(mode: Mode) -> bool {
+    !mode.plain() && !mode.step() && !mode.shadow()
 }
 
 /// Whether a helper executes an instruction of this class in this mode.
