@@ -205,7 +205,7 @@ fn check(options: &Check) -> Result<ExitCode, DiskError> {
 
 fn convert(options: &Convert) -> Result<ExitCode, DiskError> {
     let source = options.image.open(OpenOptions::read())?;
-    let mut watch = Watch::begin(format!("Copying to {}", options.target.display()));
+    let watch = Watch::begin(format!("Copying to {}", options.target.display()));
     convert::convert(source.as_ref(), &options.target, options.to, &mut |p| watch.report(p))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -217,13 +217,12 @@ fn resize(options: &Resize) -> Result<ExitCode, DiskError> {
 }
 
 fn compact(options: &Compact) -> Result<ExitCode, DiskError> {
-    let image = options.image.open(OpenOptions::write())?;
-    let before = host_bytes(&options.image.path)?;
-    let mut watch = Watch::begin(format!("Compacting {}", options.image.path.display()));
-    convert::compact(image.as_ref(), &mut |p| watch.report(p))?;
-    image.flush()?;
-    drop((image, watch));
-    let after = host_bytes(&options.image.path)?;
+    let ImageArgs { path, format } = &options.image;
+    let before = host_bytes(path)?;
+    let watch = Watch::begin(format!("Compacting {}", path.display()));
+    manage::compact(path, *format, &mut |p| watch.report(p))?;
+    drop(watch);
+    let after = host_bytes(path)?;
     messages::print(&format!("{} -> {}\n", report::rounded(before), report::rounded(after)));
     Ok(ExitCode::SUCCESS)
 }
@@ -249,7 +248,7 @@ impl Watch {
         Self { bar: ByteBar::new(what), interrupted }
     }
 
-    fn report(&mut self, progress: Progress) -> ControlFlow<()> {
+    fn report(&self, progress: Progress) -> ControlFlow<()> {
         self.bar.set(progress.done, progress.total);
         match self.interrupted.load(Ordering::Relaxed) {
             true => ControlFlow::Break(()),

@@ -393,6 +393,13 @@ impl CodeCache {
         Some((block.key().pc, position.into()))
     }
 
+    /// The key of the block that holds host address `host`.
+    pub fn key_at(&self, host: u64) -> Option<Key> {
+        let (id, offset) = self.last_below(host)?;
+        let block = self.blocks.get(id).filter(|b| offset <= u64::from(b.code_len))?;
+        Some(block.key())
+    }
+
     /// Counts a group that could not be served, in the block that holds host address `host` less
     /// one.
     pub fn note_split(&mut self, host: u64) {
@@ -405,11 +412,10 @@ impl CodeCache {
         }
     }
 
-    /// Notes that the block that holds host address `host` is to do without recent pages.
+    /// Notes that the block that holds host address `host` less one is to do without recent pages.
     pub fn note_restless(&mut self, host: u64) -> Option<BlockId> {
-        let after = self.blocks.partition_point(|b| b.entry < host);
-        let id = after.checked_sub(1)?;
-        self.restless.insert(self.blocks.get(id)?.key);
+        let (id, _) = self.last_below(host.wrapping_sub(1))?;
+        self.restless.insert(self.blocks.get(id)?.key());
         Some(id as BlockId)
     }
 

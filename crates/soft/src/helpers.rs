@@ -142,7 +142,7 @@ fn wear_out(cpu: &mut Cpu, host: u64) -> Answer {
     cpu.locate(host);
     cpu.unpack_flags();
     if let Some(id) = cpu.cache.note_restless(host) {
-        let page = cpu.cache.block(id).map_or(0, |b| b.key.physical & !0xfff);
+        let page = cpu.cache.block(id).map_or(0, |b| b.key().physical & !0xfff);
         cpu.kill_all(page, &[id]);
     }
     cpu.exit = exit::HELPER;

@@ -435,8 +435,7 @@ impl Cpu {
 
     /// Whether the block at host address `host` may use recent pages.
     fn uses_recent(&self, host: u64) -> bool {
-        let block = self.cache.containing(host);
-        block.is_some_and(|(b, _)| crate::translate::may_use_recent(b.key.mode))
+        self.cache.key_at(host).is_some_and(|key| crate::translate::may_use_recent(key.mode))
     }
 
     /// Whether a block that was just found at `rip` lies in global pages only.

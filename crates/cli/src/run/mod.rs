@@ -15,8 +15,8 @@ use std::time::Duration;
 use system::System;
 use vmm::{
     BalloonControl, BootError, BootSource, Bytes, DeviceConfig, Engine, Host, Image, Machine,
-    MachineConfig, Module, Mount, Notice, Outcome, Selection, Serial, Stdio, StopCause, StopSignals,
-    VmmError, VsockHost,
+    MachineConfig, Module, Mount, Notice, Outcome, Selection, Serial, Stdio, StopCause,
+    StopSignals, VmmError, VsockHost,
 };
 
 /// The command line of Debian's kernel: its console is ours, and only errors are worth a line.
