@@ -21,8 +21,7 @@ pub struct Info {
     pub qcow2: Option<qcow2::Info>,
 }
 
-/// Looks at an image, even while a machine uses it; but not at a VHDX image that was not closed and
-/// whose log has changes for it. Without `format` the header decides.
+/// Looks at an image, even while a machine uses it. Without `format` the header decides.
 ///
 /// # Errors
 /// As [`format::open`].

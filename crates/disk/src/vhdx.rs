@@ -12,6 +12,7 @@
 mod header;
 mod log;
 mod parts;
+mod patched;
 mod regions;
 
 use crate::blocks::{Blocks, disk_of_blocks};
@@ -102,12 +103,12 @@ pub struct Vhdx {
 }
 
 impl Vhdx {
-    /// Opens an image. Where it was not closed, what its log holds is done first.
+    /// Opens an image. Where it was not closed, what its log holds is done first, or, where the
+    /// store is read-only, laid over what is read.
     ///
     /// # Errors
     /// [`DiskError::NotThisFormat`], [`DiskError::Unsupported`] for differencing images and 4 KiB
-    /// sectors, [`DiskError::Damaged`], [`DiskError::Invalid`] where the log has to be replayed
-    /// and the store is read-only, or the host cannot read.
+    /// sectors, [`DiskError::Damaged`], or the host cannot read.
     pub fn open(store: impl Store + 'static) -> Result<Self, DiskError> {
         let mut signature = [0; 8];
         store.read_or_zero_at(0, &mut signature)?;
@@ -115,9 +116,9 @@ impl Vhdx {
             return Err(DiskError::NotThisFormat { file: store.name(), format: "VHDX" });
         }
         let mut header = Header::read(&store)?;
-        log::replay(&store, &mut header)?;
-        let regions = Regions::read(&store)?;
-        let metadata = Metadata::read(&store, &regions.metadata)?;
+        let store = log::replay(Box::new(store), &mut header)?;
+        let regions = Regions::read(&*store)?;
+        let metadata = Metadata::read(&*store, &regions.metadata)?;
         let entries = metadata.entries();
         let room = regions.block_table.end - regions.block_table.start;
         if entries * 8 > room {
@@ -136,7 +137,7 @@ impl Vhdx {
             changed: AtomicBool::new(false),
             end: AtomicU64::new(store.size()?),
             metadata,
-            store: Box::new(store),
+            store,
         };
         if !image.store.read_only() {
             let end = image.survey()?;

@@ -7,6 +7,7 @@
 //! the log, so that the one before is still whole while the next one is being written.
 use super::header::Header;
 use super::parts::{Guid, checksum, seal};
+use super::patched::{Change, Patched};
 use crate::DiskError;
 use crate::bytes::{array, le32, le64, put};
 use crate::create::random_id;
@@ -130,6 +131,15 @@ enum Step {
     Zero { offset: u64, length: u64 },
 }
 
+impl Step {
+    fn into_change(self) -> Change {
+        match self {
+            Self::Write { offset, sector } => Change { offset, length: SECTOR, data: sector },
+            Self::Zero { offset, length } => Change { offset, length, data: Vec::new() },
+        }
+    }
+}
+
 /// What an entry wants done, or nothing where it contradicts itself.
 fn steps(bytes: &[u8], sequence: u64) -> Option<Vec<Step>> {
     let count = size(le32(bytes, field::DESCRIPTORS).into());
@@ -192,53 +202,60 @@ fn active<'a>(
     Ok(Vec::new())
 }
 
-/// Does again what the log holds, where it holds something, and says so in the header.
+/// Does again what the log holds, where it holds something, and says so in the header. What is open
+/// to read only reads as if that had been done.
 ///
 /// # Errors
-/// The image is open to read only and has to be written, its log is damaged, or the host fails.
-pub(super) fn replay(store: &dyn Store, header: &mut Header) -> Result<(), DiskError> {
+/// The log is damaged, or the host fails.
+pub(super) fn replay(
+    store: Box<dyn Store>,
+    header: &mut Header,
+) -> Result<Box<dyn Store>, DiskError> {
     let id = header.log_id();
     if id == [0; 16] {
-        return Ok(());
+        return Ok(store);
     }
     let ring = Ring { offset: header.log_offset(), length: header.log_length() };
     let mut budget = ring.length * SEARCH;
     let mut entries = BTreeMap::new();
     for offset in (0..ring.length).step_by(size(SECTOR)) {
-        if let Some(entry) = entry_at(store, ring, offset, id, &mut budget)? {
+        if let Some(entry) = entry_at(&*store, ring, offset, id, &mut budget)? {
             entries.insert(offset, entry);
         }
     }
-    let chain = active(&entries, ring, store)?;
+    let chain = active(&entries, ring, &*store)?;
     let Some(head) = chain.last() else {
         // A log that is said to be in use, of which nothing was written yet.
-        return Ok(());
+        return Ok(store);
     };
-    if store.read_only() {
-        let problem = "it was not closed and its log has changes for it; open it once to write, \
-                       as `bv disk check --repair` does"
-            .to_owned();
-        return Err(DiskError::Invalid { file: store.name(), problem });
-    }
     let now = store.size()?;
     let Entry { flushed, last, .. } = **head;
     if now < flushed || last > MAX_FILE {
         let what = format!("it has {now} bytes, and its log wants {flushed} to {last}");
         return Err(store.damaged(what));
     }
+    if store.read_only() {
+        let mut changes = Vec::new();
+        for entry in chain {
+            let steps = steps(&read_entry(&*store, ring, entry)?, entry.sequence);
+            changes.extend(steps.unwrap_or_default().into_iter().map(Step::into_change));
+        }
+        return Ok(Box::new(Patched::new(store, changes, last)?));
+    }
     if now < last {
         store.set_size(last)?;
     }
-    let mut redo = Redo { store, was: now, limit: now.max(last), zeroes: 0 };
+    let mut redo = Redo { store: &*store, was: now, limit: now.max(last), zeroes: 0 };
     for entry in chain {
-        let bytes = read_entry(store, ring, entry)?;
+        let bytes = read_entry(&*store, ring, entry)?;
         for step in steps(&bytes, entry.sequence).unwrap_or_default() {
             redo.step(step)?;
         }
     }
     store.sync()?;
     header.set_log_id([0; 16]);
-    header.write(store)
+    header.write(&*store)?;
+    Ok(store)
 }
 
 /// Doing again what a log holds.
