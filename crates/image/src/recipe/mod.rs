@@ -71,8 +71,6 @@ const DPKG_OPTIONS: [&str; 6] = [
     "path-exclude=/usr/share/doc/*",
     "path-include=/usr/share/doc/*/copyright",
 ];
-/// The status of setpriv where it does not find the program (setpriv(1)).
-const NOT_FOUND: i32 = 127;
 /// Names in the staging folder.
 const SYSTEM: &str = "system.tar";
 const FOUND: &str = "files.tar";
@@ -197,16 +195,14 @@ pub(crate) fn build(
             ("INITRD", "No".to_owned()),
         ];
         let arguments = arguments(recipe, &sources);
-        // If this process is killed mmdebstrap cleans up and ends too.
-        let start = ["--pdeathsig", "TERM", "mmdebstrap"].into_iter();
-        let arguments: Vec<&str> = start.chain(arguments.iter().map(String::as_str)).collect();
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let line = |line: &str| output.take(line);
-        programs.lines("setpriv", &arguments, &environment, staging.folder(), line)
+        programs.lines("mmdebstrap", &arguments, &environment, staging.folder(), line)
     };
-    let status = status?;
-    if status.code() == Some(NOT_FOUND) {
-        return Err(RecipeError::NoMmdebstrap);
-    }
+    let status = status.map_err(|error| match error {
+        ImageError::NoProgram { .. } => RecipeError::NoMmdebstrap,
+        error => error.into(),
+    })?;
     if !status.success() {
         return Err(failure(name, &output.tail()));
     }

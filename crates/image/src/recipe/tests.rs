@@ -14,7 +14,7 @@ impl World {
         let store = Store::at(folder.path().join("images")).unwrap();
         let world = Self { folder, store };
         fs::create_dir(world.path("programs")).unwrap();
-        for program in ["apt-get", "apt-config", "setpriv", "mmdebstrap"] {
+        for program in ["apt-get", "apt-config", "mmdebstrap"] {
             let fake = format!("{}/tests/fake/{program}", env!("CARGO_MANIFEST_DIR"));
             std::os::unix::fs::symlink(fake, world.path("programs").join(program)).unwrap();
         }
