@@ -3,7 +3,7 @@ use crate::disk::DiskCommand;
 use crate::disk_arg::DiskArg;
 use crate::images::ImageCommand;
 use ::disk::Format;
-use ::net::HostForward;
+use ::net::{HostForward, NetworkChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use host::MachineName;
 use image::seed::{Hostname, NetworkConfig, SeedError, SshKey, UserData};
@@ -82,7 +82,9 @@ pub struct Run {
     /// Forget the machine made from the image when it ends.
     #[arg(long)]
     pub temporary: bool,
-    /// Make the disk of the machine made from the image at least so large.
+    /// Make the disk of the machine made from the image at least so large [default: 10GiB].
+    ///
+    /// It takes up on the host only what is written to it.
     #[arg(long, value_name = "SIZE")]
     pub disk_size: Option<Bytes>,
     /// Format of the disk that is run, where its header does not say or is not to be believed.
@@ -141,9 +143,12 @@ pub struct Run {
     /// has no room instead of pausing. `size=10GiB` is an empty disk that is gone afterwards.
     #[arg(long = "disk", value_name = "FILE|size=SIZE[,OPTIONS]")]
     pub disks: Vec<DiskArg>,
-    /// Network for the guest: nat reaches whatever this process can, without root.
-    #[arg(long, value_enum, default_value_t = Network::Nat)]
-    pub network: Network,
+    /// Network for the guest: nat, none, tap=NAME or switch=NAME; may be repeated.
+    ///
+    /// nat reaches whatever this process can, without root. Machines of yours on one switch reach
+    /// each other. tap is an existing device of the host.
+    #[arg(long = "network", value_name = "NETWORK", default_value = "nat")]
+    pub networks: Vec<NetworkChoice>,
     /// Port of this host that leads to one of the guest: [ADDRESS:]PORT:GUEST-PORT[/tcp|/udp];
     /// may be repeated. Without an address only this host reaches it.
     #[arg(short, long = "publish", value_name = "FORWARD")]
@@ -169,15 +174,6 @@ pub struct Run {
     /// address 2. The guest's own address is 3, if none is given.
     #[arg(long, value_name = "PATH[,cid=N]")]
     pub vsock: Option<VsockOptions>,
-}
-
-/// The values of `--network`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Network {
-    /// Addresses by DHCP, names by DNS, TCP, UDP and ping to the outside.
-    Nat,
-    /// No card.
-    None,
 }
 
 /// Whether the guest gets something.

@@ -144,7 +144,7 @@ fn a_network_that_cannot_be_is_refused_with_what_can() {
 fn flags_that_do_not_go_together_are_refused() {
     refused_alone(&["run", "hello", "--kernel", "bzImage"], &["--kernel"]);
     refused_alone(&["run", "--initrd", "initrd.cpio"], &["--kernel"]);
-    refused_alone(&["run", "goodbye"], &["goodbye", "hello"]);
+    refused_alone(&["run", "goodbye"], &["goodbye", "debian:12"]);
     refused_alone(&["run", "--engine", "steam"], &["--engine", "soft"]);
     refused_alone(&["walk"], &["walk", "help"]);
 }

@@ -41,6 +41,11 @@ pub enum RunError {
          kernel with --kernel, --initrd and --cmdline"
     )]
     NoKernel(String),
+    /// The built-in guest with another kernel.
+    #[error(
+        "hello is a kernel itself; leave --kernel away, or name an image or disk to boot with it"
+    )]
+    HelloKernel,
     /// A flag that needs an image.
     #[error("{0} is for images, as `bv run debian:12` has one")]
     OnlyImages(&'static str),

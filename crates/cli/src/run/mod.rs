@@ -174,6 +174,7 @@ fn system(arguments: &Run) -> Result<System, RunError> {
     match &arguments.guest {
         Some(GuestArg::Image(name)) => return system::from_image(arguments, name),
         Some(GuestArg::Disk(path)) => return system::from_disk(arguments, path),
+        Some(GuestArg::Hello) if arguments.kernel.is_some() => return Err(RunError::HelloKernel),
         Some(GuestArg::Hello) | None => {}
     }
     if let Some(flag) = arguments.image_flag() {

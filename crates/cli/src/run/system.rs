@@ -17,6 +17,9 @@ use vmm::{BootSource, Bytes, DiskConfig, OnFull};
 /// errors are worth a line.
 const CONSOLE: &str = "console=ttyS0 quiet";
 
+/// The least size of a machine's disk, if its user says nothing.
+const DISK_SIZE: Bytes = Bytes::mib(10 << 10);
+
 /// A system that is ready to run.
 pub struct System {
     /// What boots it.
@@ -68,16 +71,15 @@ fn by_id(store: &Store, id: &str) -> Result<Option<Image>, RunError> {
 
 /// The machine's own disk.
 fn root(machine: &Machine, arguments: &Run) -> Result<DiskConfig, RunError> {
+    let Bytes(least) = arguments.disk_size.unwrap_or(DISK_SIZE);
     let open = |path: &Path| {
         let disk = format::open(path, Some(Format::Qcow2), OpenOptions::write())?;
-        match arguments.disk_size {
-            Some(Bytes(size)) if size > disk.size() => {
-                drop(disk);
-                manage::resize(path, Some(Format::Qcow2), size, Shrink::Refuse)?;
-                format::open(path, Some(Format::Qcow2), OpenOptions::write())
-            }
-            _ => Ok(disk),
+        if disk.size() >= least {
+            return Ok(disk);
         }
+        drop(disk);
+        manage::resize(path, Some(Format::Qcow2), least, Shrink::Refuse)?;
+        format::open(path, Some(Format::Qcow2), OpenOptions::write())
     };
     Ok(config(open(&machine.disk()).map_err(RunError::MachineDisk)?.into(), "root"))
 }
