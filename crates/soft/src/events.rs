@@ -16,7 +16,7 @@ const MINE: u32 =
 pub fn poll(cpu: &mut Cpu) {
     let vm = cpu.vm.clone();
     let Some(mailbox) = vm.mailboxes.get(cpu.index as usize) else { return };
-    let bits = mailbox.pending.fetch_and(!MINE, Ordering::SeqCst) & MINE;
+    let bits = mailbox.take(MINE);
     if bits & pending::INTERRUPT != 0 {
         for word in 0..4 {
             let mut requests = mailbox.irr[word].swap(0, Ordering::SeqCst);
@@ -33,6 +33,7 @@ pub fn poll(cpu: &mut Cpu) {
         cpu.lapic.nmi_pending = true;
     }
     if bits & pending::TIMER != 0 {
+        cpu.timer_fired();
         timer_expired(cpu, Instant::now());
     }
     if bits & pending::INIT != 0 {

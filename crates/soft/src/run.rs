@@ -457,13 +457,12 @@ impl Cpu {
         self.poll.store(&raw const POLL_QUIET as u64, Ordering::SeqCst);
         let vm = self.vm.clone();
         let Some(mailbox) = vm.mailboxes.get(self.index as usize) else { return true };
-        let bits = mailbox.pending.load(Ordering::SeqCst);
-        if bits == 0 {
+        if !self.wanted() {
             return false;
         }
+        let bits = mailbox.take(ATTENDED);
         self.outstanding = true;
         self.tlb.be_patient();
-        mailbox.pending.fetch_and(!ATTENDED, Ordering::SeqCst);
         if bits & pending::EMPTY_TLB != 0 {
             self.tlb.flush();
             mailbox.attendance.answer();
@@ -473,11 +472,6 @@ impl Cpu {
         }
         if bits & pending::CODE != 0 {
             self.hear_of_writes(mailbox);
-        }
-        if bits & pending::TIMER != 0
-            && let Some(thread) = &mut self.timer
-        {
-            thread.timer.armed = None;
         }
         events::poll(self);
         self.timer_changed();
@@ -567,6 +561,14 @@ impl Cpu {
         let Some(thread) = &mut self.timer else { return };
         if thread.timer.armed.is_none_or(|armed| deadline < armed) {
             thread.timer.arm(deadline.saturating_duration_since(Instant::now()), deadline);
+        }
+    }
+
+    /// The host's timer fired: it has to be armed again. Called by whoever takes the word of it out
+    /// of the mailbox; where it went unnoticed, the timer would never be armed again.
+    pub(crate) fn timer_fired(&mut self) {
+        if let Some(thread) = &mut self.timer {
+            thread.timer.armed = None;
         }
     }
 
