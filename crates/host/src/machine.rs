@@ -6,12 +6,15 @@ use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Names within a machine's folder.
 const DEFINITION: &str = "vm.toml";
 const DISK: &str = "disk.qcow2";
 /// What is being made, or removed, begins so, and no machine's name does.
 const UNFINISHED: &str = ".";
+/// A machine is made in less than that.
+const BEING_MADE: Duration = Duration::from_secs(60);
 /// The longest definition that is read.
 const LONGEST: u64 = 64 << 10;
 
@@ -88,6 +91,7 @@ impl Machines {
         image: &Image,
         image_name: &str,
     ) -> Result<Machine, HostError> {
+        self.sweep();
         let folder = self.path.join(format!("{UNFINISHED}{name}-{}", instance()?));
         let definition = lay_down(&folder, image, image_name)?;
         let lock = lock(&folder.join(DEFINITION), name)?;
@@ -112,6 +116,17 @@ impl Machines {
                 // The store knows where the overlay is, so that the image stays as long as it.
                 image.attach(&folder.join(DISK))?;
                 sync_folder(&self.path)
+            }
+        }
+    }
+
+    /// Removes what processes that were killed left behind. What cannot be removed stays.
+    fn sweep(&self) {
+        let Ok(entries) = fs::read_dir(&self.path) else { return };
+        for folder in entries.flatten().map(|entry| entry.path()) {
+            let name = folder.file_name().unwrap_or_default().as_encoded_bytes();
+            if name.starts_with(UNFINISHED.as_bytes()) && is_abandoned(&folder) {
+                let _ = fs::remove_dir_all(&folder);
             }
         }
     }
@@ -255,6 +270,14 @@ fn lay_down(folder: &Path, image: &Image, image_name: &str) -> Result<Definition
     }
     sync_folder(folder)?;
     Ok(definition)
+}
+
+/// Whether nobody holds an unfinished or temporary machine, and it is not just being made.
+fn is_abandoned(folder: &Path) -> bool {
+    let age = fs::metadata(folder).and_then(|folder| folder.modified()).map(|time| time.elapsed());
+    let settled = matches!(age, Ok(Ok(age)) if age > BEING_MADE);
+    let free = |file: File| flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+    settled && File::open(folder.join(DEFINITION)).map_or(true, free)
 }
 
 fn sync_folder(folder: &Path) -> Result<(), HostError> {

@@ -122,3 +122,24 @@ fn a_damaged_definition_is_named_and_the_machine_can_be_removed() {
     let error = world.machines.remove(&machine_name("a")).unwrap_err().to_string();
     assert!(error.contains("there is no machine a"), "{error}");
 }
+
+#[test]
+fn what_a_killed_process_left_is_swept_away_and_what_is_in_use_is_not() {
+    let world = World::new();
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+    let age = |folder: &std::path::Path| {
+        std::fs::File::open(folder).unwrap().set_modified(long_ago).unwrap();
+    };
+    let name = machine_name("a");
+    let used = world.machines.make_temporary(&name, &world.image, "test:1").unwrap();
+    let killed = world.machines.make_temporary(&name, &world.image, "test:1").unwrap();
+    // As if its process had ended without a word: the lock goes, the folder stays.
+    let copy = world.folder.path().join("machines/.left");
+    std::fs::create_dir(&copy).unwrap();
+    std::fs::write(copy.join("vm.toml"), "").unwrap();
+    drop(killed);
+    world.left().iter().for_each(|folder| age(folder));
+    let fresh = world.machines.make_temporary(&name, &world.image, "test:1").unwrap();
+    assert!(!copy.exists());
+    assert_eq!((first_byte(&used), first_byte(&fresh)), (7, 7));
+}
