@@ -134,12 +134,13 @@ fn boot(arguments: &Run, image: &Image, name: &str) -> Result<BootSource, RunErr
 /// A machine with a disk of the user's, which is written to; it boots with the kernel that is named.
 pub fn from_disk(arguments: &Run, path: &Path) -> Result<System, RunError> {
     let title = path.display().to_string();
-    let Some(kernel) = &arguments.kernel else { return Err(RunError::NoKernel(title)) };
     if let Some(flag) = arguments.image_flag() {
         return Err(RunError::OnlyImages(flag));
     }
-    let options = OpenOptions { backing: Backing::Follow, ..OpenOptions::write() };
-    let disk = format::open(path, arguments.format, options)?;
+    // A disk from elsewhere must not name files of this user for its guest to read.
+    let options = OpenOptions { backing: Backing::Refuse, ..OpenOptions::write() };
+    let disk = format::open(path, arguments.format, options).map_err(RunError::MachineDisk)?;
+    let Some(kernel) = &arguments.kernel else { return Err(RunError::NoKernel(title)) };
     let boot = super::kernel(arguments, kernel)?;
     Ok(System { boot, disks: vec![config(disk.into(), "root")], title, kept: None })
 }
