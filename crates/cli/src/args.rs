@@ -149,8 +149,10 @@ pub struct Run {
     /// each other. tap is an existing device of the host.
     #[arg(long = "network", value_name = "NETWORK", default_value = "nat")]
     pub networks: Vec<NetworkChoice>,
-    /// Port of this host that leads to one of the guest: [ADDRESS:]PORT:GUEST-PORT[/tcp|/udp];
-    /// may be repeated. Without an address only this host reaches it.
+    /// Port of this host that leads to one of the guest, as 8080:80; may be repeated.
+    ///
+    /// An address of this host may come before it, as 0.0.0.0:8080:80, without which only this host
+    /// reaches it, and /tcp or /udp after it.
     #[arg(short, long = "publish", value_name = "FORWARD")]
     pub publish: Vec<HostForward>,
     /// A source of entropy for the guest.
