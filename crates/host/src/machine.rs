@@ -254,11 +254,7 @@ fn lay_down(folder: &Path, image: &Image, image_name: &str) -> Result<Definition
     fs::create_dir(folder).map_err(HostError::file(folder, "make the folder"))?;
     let definition = Definition::new(image_name.to_owned(), image.id(), instance()?);
     let overlay = folder.join(DISK);
-    let format =
-        image.format().name().parse().map_err(|error: disk::format::UnknownFormatName| {
-            HostError::Damaged { path: image.folder().to_owned(), fault: error.to_string() }
-        })?;
-    disk::overlay::create(&overlay, &image.disk(), format).map_err(HostError::Disk)?;
+    disk::overlay::create(&overlay, &image.disk(), image.format()).map_err(HostError::Disk)?;
     let path = folder.join(DEFINITION);
     let text = toml::to_string(&definition)
         .map_err(|error| HostError::Damaged { path: path.clone(), fault: error.to_string() })?;

@@ -1,6 +1,6 @@
 //! One image of the store: its record, its files, and who stands on it.
 
-use super::{Format, StoreError};
+use super::{Format, StoreError, format_name};
 use crate::cache;
 use crate::manifest::sha256;
 use crate::seed::SeedReader;
@@ -34,6 +34,7 @@ pub struct Image {
 pub(crate) struct Record {
     form: u32,
     pub description: String,
+    #[serde(with = "format_name")]
     pub format: Format,
     pub disk: Sum,
     pub kernel: Option<Sum>,

@@ -3,13 +3,11 @@
 use super::copy;
 use super::{Format, Image, Name, Parts, Staging, Store, StoreError};
 use crate::{Progress, Stage, Step};
+use disk::{DiskError, FileOptions, ImageFile, Lock};
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-
-/// What is read at each end of a file to know its format.
-const SECTOR: usize = 512;
 
 /// An image that the user brings.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,7 +49,7 @@ impl Store {
         if !metadata.is_file() {
             return Err(failed(io::Error::other("it is not a file")));
         }
-        let detected = detect(&file, metadata.len()).map_err(failed)?;
+        let detected = detect(path).map_err(failed)?;
         let format = import.format.or(detected);
         let format = format.ok_or_else(|| StoreError::Format { path: path.clone() })?;
         let parts = import.boot.as_ref().map_or_else(|| Ok(Parts::default()), Boot::parts)?;
@@ -92,10 +90,11 @@ impl Boot {
 }
 
 /// The format that a disk shows.
-fn detect(file: &File, size: u64) -> io::Result<Option<Format>> {
-    let mut first = Vec::new();
-    file.take(SECTOR as u64).read_to_end(&mut first)?;
-    let mut last = vec![0; first.len()];
-    file.read_exact_at(&mut last, size.saturating_sub(first.len() as u64))?;
-    Ok(Format::detect(&first, &last))
+fn detect(path: &Path) -> io::Result<Option<Format>> {
+    let options = FileOptions { lock: Lock::Ignore, ..FileOptions::read() };
+    match ImageFile::open(path, options).and_then(|file| Format::detect(&file)) {
+        Ok(format) => Ok(Some(format)),
+        Err(DiskError::UnknownFormat { .. }) => Ok(None),
+        Err(error) => Err(io::Error::other(error)),
+    }
 }

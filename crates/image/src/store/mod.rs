@@ -27,9 +27,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use disk::Format;
 pub use image::{Hold, Image};
 pub use import::{Boot, Import};
-pub use name::{Format, Name, NameError};
+pub(crate) use name::format_name;
+pub use name::{Name, NameError};
 pub(crate) use staging::{Parts, Staging};
 
 use crate::{Progress, Stage, Step};

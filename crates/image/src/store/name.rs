@@ -1,6 +1,5 @@
-//! Names of images, and formats of disks.
+//! Names of images, and how the formats of disks are written.
 
-use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
@@ -47,77 +46,19 @@ impl fmt::Display for Name {
     }
 }
 
-/// The format of a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// The disk's bytes, one after the other.
-    Raw,
-    /// QEMU's.
-    Qcow2,
-    /// VMware's.
-    Vmdk,
-    /// VirtualBox's.
-    Vdi,
-    /// Microsoft's older one.
-    Vhd,
-    /// Microsoft's newer one.
-    Vhdx,
-}
+/// How records and the catalogue write a disk's format: by its name.
+pub(crate) mod format_name {
+    use disk::Format;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-impl Format {
-    /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Raw, Self::Qcow2, Self::Vmdk, Self::Vdi, Self::Vhd, Self::Vhdx];
-
-    /// What it is called, and how its files end.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-            Self::Vmdk => "vmdk",
-            Self::Vdi => "vdi",
-            Self::Vhd => "vhd",
-            Self::Vhdx => "vhdx",
-        }
+    // The signature is serde's.
+    #[allow(clippy::trivially_copy_pass_by_ref)]
+    pub fn serialize<S: Serializer>(format: &Format, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(format.name())
     }
 
-    /// The format that the first and last sector of a file show. A raw disk shows none: whatever
-    /// its guest wrote there could look like any other.
-    pub(crate) fn detect(first: &[u8], last: &[u8]) -> Option<Self> {
-        let at = |offset: usize, magic: &[u8]| {
-            first.get(offset..offset + magic.len()).is_some_and(|bytes| bytes == magic)
-        };
-        if at(0, b"QFI\xfb") {
-            Some(Self::Qcow2)
-        } else if at(0, b"KDMV") || at(0, b"# Disk DescriptorFile") {
-            Some(Self::Vmdk)
-        } else if at(64, &[0x7f, 0x10, 0xda, 0xbe]) {
-            Some(Self::Vdi)
-        } else if at(0, b"vhdxfile") {
-            Some(Self::Vhdx)
-        } else if at(0, b"conectix") || last.starts_with(b"conectix") {
-            Some(Self::Vhd)
-        } else {
-            None
-        }
-    }
-}
-
-impl FromStr for Format {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let found = Self::ALL.into_iter().find(|format| format.name() == text);
-        let names = Self::ALL.map(Self::name).join(", ");
-        found.ok_or_else(|| format!("there is no disk format {text:?}; the formats are {names}"))
-    }
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(self.name())
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Format, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -135,24 +76,5 @@ mod tests {
             assert!(name.parse::<Name>().is_err(), "{name:?}");
         }
         assert!("x".repeat(101).parse::<Name>().is_err());
-    }
-
-    #[test]
-    fn formats_are_known_by_their_magic_and_raw_never() {
-        assert_eq!(Format::detect(b"QFI\xfb\0\0\0\x03", b""), Some(Format::Qcow2));
-        assert_eq!(Format::detect(b"KDMV", b""), Some(Format::Vmdk));
-        assert_eq!(Format::detect(b"vhdxfile", b""), Some(Format::Vhdx));
-        assert_eq!(Format::detect(&[0; 512], b"conectix"), Some(Format::Vhd));
-        let mut vdi = [0; 512];
-        vdi[64..68].copy_from_slice(&0xbeda_107f_u32.to_le_bytes());
-        assert_eq!(Format::detect(&vdi, b""), Some(Format::Vdi));
-        assert_eq!(Format::detect(&[0; 512], &[0; 512]), None);
-        assert_eq!(Format::detect(b"", b""), None);
-    }
-
-    #[test]
-    fn an_unknown_format_is_refused_with_all_there_are() {
-        let error = "qcow".parse::<Format>().unwrap_err();
-        assert!(error.contains("raw, qcow2, vmdk"), "{error}");
     }
 }
